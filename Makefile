@@ -1,0 +1,35 @@
+# make demo · make test · make check · make bench. Each sets up .venv first where that is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all check bench setup clean
+
+demo: $(READY)  ## train, evaluate and draw on a small generated data set
+	$(BIN)/python train_det.py
+
+test: $(READY)  ## the tests, with coverage (minutes)
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-all: $(READY)  ## the slow tests as well
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(READY)  ## style, types, architecture
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)  ## the figures of docs/benchmarks.md that a few minutes can measure
+	$(BIN)/python -m tests.benchmarks
+
+setup: $(READY)  ## only install
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

@@ -1,0 +1,62 @@
+"""ResNeSt and its relatives as detection and segmentation backbones on torchvision."""
+
+from importlib.metadata import version
+
+from resnest_det.backbones import (
+    create_backbone,
+    fpn_backbone,
+    list_backbones,
+    load_weights,
+    resnest14,
+    resnest26,
+    resnest50,
+    resnest50_fast_1s1x64d,
+    resnest50_fast_1s2x40d,
+    resnest50_fast_1s4x24d,
+    resnest50_fast_2s1x64d,
+    resnest50_fast_2s2x40d,
+    resnest50_fast_4s1x64d,
+    resnest50_fast_4s2x40d,
+    resnest101,
+    resnest200,
+    resnest269,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    stage_extractor,
+)
+
+__version__ = version("resnest-det")
+
+__all__ = [
+    "__version__",
+    "create_backbone",
+    "fpn_backbone",
+    "list_backbones",
+    "load_weights",
+    "resnest14",
+    "resnest26",
+    "resnest50",
+    "resnest50_fast_1s1x64d",
+    "resnest50_fast_1s2x40d",
+    "resnest50_fast_1s4x24d",
+    "resnest50_fast_2s1x64d",
+    "resnest50_fast_2s2x40d",
+    "resnest50_fast_4s1x64d",
+    "resnest50_fast_4s2x40d",
+    "resnest101",
+    "resnest200",
+    "resnest269",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "stage_extractor",
+]

@@ -1,0 +1,745 @@
+"""A TOML file and `key=value` overrides → validated settings; what it does not know it refuses.
+
+Each section is a frozen model whose fields state their type, range, unit and default: the one place where a setting is
+described. The settings table of docs/config.md, the comments of a written file and the rules quoted in error messages
+are all derived from it. Settings are read by the scripts and by `build.py`; no other class sees them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+NormLiteral = Literal["none", "bn", "sync_bn", "gn"]
+
+# What may differ between a run and its resumption: where it runs and reads from, never what is learnt.
+KEYS_FREE_ON_RESUME = frozenset({"run.device", "data.num_workers", "data.root"})
+
+
+class SettingsError(ValueError):
+    """A mistake in the settings or on the command line; the message lists every mistake found."""
+
+
+class Section(BaseModel):
+    """A table of settings: immutable, without unknown keys, and strict ("yes" is no boolean, 1.5 no integer)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunSettings(Section):
+    """The run itself: where it is written, on what it runs."""
+
+    dir: str = Field(
+        "",
+        description='Run folder that everything is written to; "" means runs/NAME, from the config file NAME.toml.',
+    )
+    seed: int = Field(0, ge=0, description="Seed of the initial weights, the order of the images and augmentation.")
+    device: str = Field("auto", description='Device: "auto" (a GPU where there is one), "cpu", "cuda:1", "mps".')
+    num_pictures: int = Field(8, ge=0, description="Validation images drawn with their detections at the end.")
+
+
+class SampleSettings(Section):
+    """The generated data set, made on first use."""
+
+    num_train: int = Field(200, ge=1, description="Training images generated.")
+    num_val: int = Field(60, ge=1, description="Validation images generated.")
+    seed: int = Field(0, ge=0, description="Seed of the generated scenes; the same seed gives the same bytes.")
+
+
+class SplitSettings(Section):
+    """One split of a COCO data set."""
+
+    images: str = Field(description="Folder of the images, relative to data.root or absolute.")
+    annotations: str = Field(description="COCO instances JSON, relative to data.root or absolute.")
+
+
+class TrainSplitSettings(SplitSettings):
+    """The training split, by default where COCO 2017 has it."""
+
+    images: str = Field("train2017", description="Folder of the training images, relative to data.root or absolute.")
+    annotations: str = Field(
+        "annotations/instances_train2017.json",
+        description="COCO instances JSON of the training images, relative to data.root or absolute.",
+    )
+
+
+class ValSplitSettings(SplitSettings):
+    """The validation split, by default where COCO 2017 has it."""
+
+    images: str = Field("val2017", description="Folder of the validation images, relative to data.root or absolute.")
+    annotations: str = Field(
+        "annotations/instances_val2017.json",
+        description="COCO instances JSON of the validation images, relative to data.root or absolute.",
+    )
+
+
+class CocoDataSettings(Section):
+    """A detection data set in COCO's format, how it is loaded and how it is augmented."""
+
+    # A validator sees the fields above its own only, so `sample` stands before `root` and `short_sides` before
+    # `max_side`.
+    sample: SampleSettings | None = Field(
+        None, description="Train on the generated data set, written to the cache folder on first use."
+    )
+    root: str = Field(
+        "",
+        validate_default=True,
+        description="Folder that the paths of both splits are relative to; required unless data.sample is given.",
+    )
+    train: TrainSplitSettings = Field(TrainSplitSettings(), description="The training split.")
+    val: ValSplitSettings = Field(ValSplitSettings(), description="The validation split.")
+    batch_size: int = Field(2, ge=1, description="Images a training step, on each process.")
+    eval_batch_size: int = Field(1, ge=1, description="Images a step of evaluation, on each process.")
+    num_workers: int = Field(2, ge=0, description="Loader processes of each process; 0 loads in the process itself.")
+    keep_empty: bool = Field(True, description="Keep training images without boxes, as negatives.")
+    on_unreadable: Literal["raise", "skip"] = Field(
+        "raise", description="An image that cannot be decoded stops the run, or is skipped with a warning."
+    )
+    short_sides: tuple[Annotated[int, Field(ge=32)], ...] = Field(
+        (640, 672, 704, 736, 768, 800),
+        min_length=1,
+        strict=False,
+        description="Training short sides in pixels; one is drawn for each image.",
+    )
+    max_side: int = Field(
+        1333,
+        ge=32,
+        validate_default=True,
+        description="Longest training side in pixels, at least the largest of data.short_sides.",
+    )
+    hflip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    vflip: float = Field(0.0, ge=0, le=1, description="Probability of a vertical flip.")
+    color_jitter: float = Field(
+        0.0, ge=0, le=1, description="Strength of the brightness, contrast and saturation jitter; 0 is none."
+    )
+    group_by_aspect: bool = Field(True, description="Batch landscape with landscape and portrait with portrait.")
+
+    @field_validator("root")
+    @classmethod
+    def _root_or_sample(cls, root: str, info: ValidationInfo) -> str:
+        if not root and "sample" in info.data and info.data["sample"] is None:
+            raise ValueError("the data set's folder is required: give data.root=FOLDER, or a table [data.sample]")
+        return root
+
+    @field_validator("max_side")
+    @classmethod
+    def _max_side_holds_short_sides(cls, max_side: int, info: ValidationInfo) -> int:
+        largest = max(info.data.get("short_sides", (0,)))
+        if max_side < largest:
+            raise ValueError(f"must be at least the largest of data.short_sides, which is {largest}")
+        return max_side
+
+
+class DetectorSettings(Section):
+    """The detector and its backbone."""
+
+    detector: Literal["faster_rcnn"] = Field("faster_rcnn", description="Detector built on the backbone.")
+    backbone: str = Field("resnest50", description="Backbone's name, one of list_backbones().")
+    weights: str = Field("", description='Backbone\'s weights: "" (random), "imagenet", or a file\'s path.')
+    norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] = Field(
+        "bn", description="Normalisation layers of the backbone: batch, frozen batch, synchronised batch, group."
+    )
+    drop_path: float = Field(0.0, ge=0, lt=1, description="Probability that the last block's branch is dropped.")
+    checkpoint_activations: bool = Field(
+        False, description="Recompute the backbone's activations in the backward pass: less memory, more time."
+    )
+    trainable_stages: int = Field(5, ge=0, le=5, description="Backbone stages trained, counted from the last one.")
+    fpn_channels: int = Field(256, ge=1, description="Channels of each level of the feature pyramid.")
+    fpn_norm: NormLiteral = Field("none", description="Normalisation layers of the feature pyramid.")
+    box_head: Literal["2fc", "4conv1fc"] = Field(
+        "2fc", description="Box head: two fully connected layers, or four convolutions and one such layer."
+    )
+    box_head_channels: int = Field(1024, ge=1, description="Width of the box head's fully connected layers.")
+    box_head_norm: NormLiteral = Field("none", description="Normalisation layers of the box head's convolutions.")
+    anchor_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (32, 64, 128, 256, 512),
+        min_length=5,
+        max_length=5,
+        strict=False,
+        description="Anchor side in pixels, one a pyramid level, finest level first.",
+    )
+    aspect_ratios: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.5, 1.0, 2.0), min_length=1, strict=False, description="Anchor height over width, at every level."
+    )
+    min_size: int = Field(800, ge=32, description="Short side in pixels to which evaluation resizes an image.")
+    max_size: int = Field(
+        1333,
+        ge=32,
+        validate_default=True,
+        description="Longest side in pixels in evaluation, at least model.min_size.",
+    )
+    rpn_proposals_train: int = Field(2000, ge=1, description="Proposals kept an image in training.")
+    rpn_proposals_eval: int = Field(1000, ge=1, description="Proposals kept an image in evaluation.")
+    roi_batch_size: int = Field(512, ge=1, description="Regions sampled an image for the box head's loss.")
+    score_threshold: float = Field(0.05, ge=0, le=1, description="Detections scored below this are dropped.")
+    nms_threshold: float = Field(
+        0.5, ge=0, le=1, description="IoU above which the lower-scored of two detections of a class is dropped."
+    )
+    detections_per_image: int = Field(100, ge=1, description="Detections kept an image, the best-scored ones.")
+
+    @field_validator("max_size")
+    @classmethod
+    def _max_size_holds_min_size(cls, max_size: int, info: ValidationInfo) -> int:
+        min_size = info.data.get("min_size", 0)
+        if max_size < min_size:
+            raise ValueError(f"must be at least model.min_size, which is {min_size}")
+        return max_size
+
+
+class OptimSettings(Section):
+    """The optimiser and the learning rate over time."""
+
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="Optimiser.")
+    lr: float = Field(0.02, gt=0, description="Learning rate after the warm-up.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
+    nesterov: bool = Field(False, description="Nesterov's momentum in sgd; needs optim.momentum > 0.")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay of all weights but norm layers and biases.")
+    norm_weight_decay: float = Field(0.0, ge=0, description="Weight decay of norm layers and biases.")
+    clip_norm: float = Field(0.0, ge=0, description="Norm to which the whole gradient is clipped; 0 is no clipping.")
+    schedule: Literal["multistep", "cosine", "constant"] = Field(
+        "multistep", description="Learning rate after the warm-up: falls in steps, as a cosine, or stays."
+    )
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.667, 0.917),
+        strict=False,
+        description="Increasing fractions of the run at which multistep multiplies the learning rate by optim.gamma.",
+    )
+    gamma: float = Field(0.1, gt=0, le=1, description="Factor on the learning rate at each of optim.milestones.")
+    warmup_steps: int = Field(1000, ge=0, description="Steps over which the learning rate rises to optim.lr.")
+    warmup_factor: float = Field(
+        0.001, gt=0, le=1, description="First step's learning rate, as a fraction of optim.lr."
+    )
+    final_lr_factor: float = Field(
+        0.0, ge=0, le=1, description="Learning rate at the cosine's end, as a fraction of optim.lr."
+    )
+    epochs: int = Field(12, ge=1, description="Passes over the training images.")
+
+    @field_validator("nesterov")
+    @classmethod
+    def _nesterov_needs_momentum(cls, nesterov: bool, info: ValidationInfo) -> bool:
+        if nesterov and info.data.get("momentum") == 0:
+            raise ValueError("needs optim.momentum > 0, which is 0: give a momentum, or optim.nesterov=false")
+        return nesterov
+
+    @field_validator("milestones")
+    @classmethod
+    def _milestones_increase(cls, milestones: tuple[float, ...]) -> tuple[float, ...]:
+        if any(later <= earlier for earlier, later in itertools.pairwise(milestones)):
+            raise ValueError("must increase: each milestone lies after the one before it")
+        return milestones
+
+
+class EvalSettings(Section):
+    """When the model is evaluated during training."""
+
+    every: int = Field(1, ge=1, description="Epochs between evaluations; the last epoch is always evaluated.")
+
+
+class ExperimentSettings(Section):
+    """What the settings of every task have: a run. `load_settings` gives its folder a name."""
+
+    run: RunSettings = Field(RunSettings(), description="The run: its folder, seed and device.")
+
+
+class DetectionSettings(ExperimentSettings):
+    """All settings of a detection experiment, `train_det.py`."""
+
+    data: CocoDataSettings = Field(description="The data set, its loading and augmentation.")
+    model: DetectorSettings = Field(DetectorSettings(), description="The detector and its backbone.")
+    optim: OptimSettings = Field(OptimSettings(), description="The optimiser and the learning rate over time.")
+    eval: EvalSettings = Field(EvalSettings(), description="Evaluation during training.")
+
+
+S = TypeVar("S", bound=ExperimentSettings)
+
+
+@dataclass(frozen=True)
+class Command(Generic[S]):
+    """What a training script's command line asks for.
+
+    Attributes:
+        settings: the resolved settings, file and overrides together.
+        config_path: the file they were read from.
+        resume: the run folder to resume, or None.
+        eval_only: the checkpoint or run folder to evaluate without training, or None.
+    """
+
+    settings: S
+    config_path: Path
+    resume: Path | None
+    eval_only: Path | None
+
+
+def load_settings(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """The settings of a TOML file with overrides applied, validated.
+
+    A section that the file leaves out has its defaults. An empty `run.dir` becomes `runs/<file stem>`.
+
+    Args:
+        cls: the settings to read, such as DetectionSettings.
+        path: the TOML file. Files neither include one another nor interpolate.
+        overrides: `key.sub=value` each. The value is read as TOML (`0.1`, `true`, `[1, 2]`); what is no TOML value,
+            and whatever is meant for a string setting, is taken as a string without quotes. Of two for one key the
+            last wins.
+
+    Raises:
+        SettingsError: the file is missing or is not TOML, or there are mistakes in it or in the overrides; all of
+            them are listed.
+    """
+    path = Path(path)
+    content = _read_toml(path)
+    keys = _describe_keys(cls)
+    mistakes: list[str] = []
+    overridden: set[str] = set()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            mistakes.append(
+                f"{override!r} is not an override: write key=value, such as {_nearest(key, keys)}=...; "
+                f"the name of a config file ends in .toml"
+            )
+        elif key not in keys:
+            mistakes.append(f"{key} (command line) is not a setting; did you mean {_nearest(key, keys)}?")
+        else:
+            _assign(content, key, _parse_value(text.strip(), keys[key]))
+            overridden.add(key)
+    # An absent section is an empty one, so that what it requires is reported by its own key.
+    for name, field in cls.model_fields.items():
+        if field.is_required():
+            content.setdefault(name, {})
+    try:
+        settings = cls.model_validate(content)
+    except ValidationError as error:
+        mistakes += _explain(error, content, keys, overridden, path)
+    if mistakes:
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        lines = "".join(f"\n  {mistake}" for mistake in mistakes)
+        sources = f"{path} and the overrides" if overrides else str(path)
+        raise SettingsError(f"{count} in the settings of {sources}:{lines}")
+    return settings if settings.run.dir else _with_run_folder(settings, f"runs/{path.stem}")
+
+
+def parse_command_line(
+    cls: type[S], argv: Sequence[str], *, prog: str, description: str, default_config: str | Path
+) -> Command[S]:
+    """What the command line of a training script asks for.
+
+    The arguments are, in any order, at most one config file (ending in .toml), any number of `key=value` overrides, and
+    the flags `--print-config` (prints the resolved settings as TOML and exits), `--resume RUN_FOLDER`,
+    `--eval-only CHECKPOINT_OR_RUN_FOLDER` and `-h`.
+
+    `--resume` reads the run folder's config.toml. A config file or overrides beside it must lead to the same settings,
+    save for `KEYS_FREE_ON_RESUME`, whose given values hold; `run.dir` is the resumed folder. `--eval-only` without a
+    config file reads the config.toml of the run folder, or the one beside the checkpoint, and any key may be
+    overridden; `run.dir` is that folder unless it is overridden.
+
+    Args:
+        cls: the settings to read, such as DetectionSettings.
+        argv: the arguments without the script's name.
+        prog: the script's name, for `-h`.
+        description: what the script does, for `-h`.
+        default_config: the config file used where neither one nor a run is named.
+
+    Raises:
+        SettingsError: the arguments or the settings are mistaken.
+        SystemExit: status 0, after `-h` or `--print-config`.
+    """
+    parser = _ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="docs/config.md lists the settings; --print-config shows them as they are resolved.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="CONFIG.toml | KEY=VALUE",
+        help=f"a config file (default: {default_config}) and overrides such as optim.lr=0.01",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings as TOML and exit")
+    parser.add_argument("--resume", type=Path, metavar="RUN_FOLDER", help="continue the run of this folder")
+    parser.add_argument(
+        "--eval-only", type=Path, metavar="CHECKPOINT_OR_RUN_FOLDER", help="evaluate it, without training"
+    )
+    # Plain parse_args refuses positional arguments that stand on both sides of a flag.
+    parsed = parser.parse_intermixed_args(argv)
+    resume: Path | None = parsed.resume
+    eval_only: Path | None = parsed.eval_only
+    configs = [Path(argument) for argument in parsed.arguments if _names_config_file(argument)]
+    overrides = [argument for argument in parsed.arguments if not _names_config_file(argument)]
+    if resume and eval_only:
+        parser.error(
+            "--resume and --eval-only are both given; --resume continues training, --eval-only does not train: "
+            "keep one of them"
+        )
+    if len(configs) > 1:
+        parser.error(f"{len(configs)} config files are given, {', '.join(map(str, configs))}; name one at most")
+
+    for flag, run in (("--resume", resume), ("--eval-only", eval_only)):
+        if run and not run.exists():
+            raise SettingsError(f"{flag} {run} does not exist; {_found_beside(run)}")
+    if resume and not resume.is_dir():
+        parser.error(f"--resume {resume} is a file; name its run folder, {resume.parent}")
+
+    if configs:
+        config_path = configs[0]
+    elif started_from := resume or eval_only:
+        config_path = _run_config(started_from)
+    else:
+        config_path = Path(default_config)
+    settings = load_settings(cls, config_path, overrides)
+    names_run_folder = any(override.partition("=")[0].strip() == "run.dir" for override in overrides)
+    if resume:
+        if not names_run_folder or Path(settings.run.dir) == resume:
+            settings = _with_run_folder(settings, str(resume))
+        _check_resumed(settings, _with_run_folder(load_settings(cls, _run_config(resume)), str(resume)))
+    elif eval_only and not configs and not names_run_folder:
+        # The run's own record of its folder is out of date once the folder was moved.
+        settings = _with_run_folder(settings, str(config_path.parent))
+    if parsed.print_config:
+        sys.stdout.write(_to_toml(settings))
+        parser.exit()
+    return Command(settings, config_path, resume, eval_only)
+
+
+def write_settings(settings: ExperimentSettings, path: str | Path) -> None:
+    """Write settings as TOML with each field's description as a comment; `load_settings` reads them back equal.
+
+    The file is replaced in one step: an interrupted write leaves the old one.
+
+    Args:
+        settings: as `load_settings` returns them. Values that are None are left out, as TOML has none.
+        path: the file; its folder must exist.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(_to_toml(settings), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def settings_table(model: type[Section]) -> str:
+    """A Markdown table of all settings of `model`: key, type, default, range, description."""
+    rows = ["| key | type | default | range | description |", "|---|---|---|---|---|"]
+    for key, schema in _describe_keys(model).items():
+        if schema["type"] == "object" and schema.get("default", ...) is not None:
+            continue  # a section that is always there has no row of its own; its settings do
+        if "default" not in schema:
+            default = "required"
+        else:
+            default = "absent" if schema["default"] is None else f"`{_to_toml_value(schema['default'])}`"
+        cells = (f"`{key}`", _type_name(schema), default, _range(schema), schema["description"])
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def ineffective_settings(settings: DetectionSettings) -> list[str]:
+    """A sentence for each setting that differs from its default and changes nothing, given the others.
+
+    For example "optim.momentum has no effect with optim.optimizer=adamw".
+    """
+    data, model, optim = settings.data, settings.model, settings.optim
+    split_keys = [f"data.{split}.{key}" for split in ("train", "val") for key in SplitSettings.model_fields]
+    causes: list[tuple[bool, str, Iterable[str]]] = [
+        (data.sample is not None, "data.sample", ["data.root", *split_keys]),
+        (model.box_head == "2fc", "model.box_head=2fc", ["model.box_head_norm"]),
+        (optim.optimizer == "adamw", "optim.optimizer=adamw", ["optim.momentum", "optim.nesterov"]),
+        (
+            optim.schedule != "multistep",
+            f"optim.schedule={optim.schedule}",
+            ["optim.milestones", "optim.gamma"],
+        ),
+        (optim.schedule != "cosine", f"optim.schedule={optim.schedule}", ["optim.final_lr_factor"]),
+        (optim.warmup_steps == 0, "optim.warmup_steps=0", ["optim.warmup_factor"]),
+    ]
+    values = dict(_flatten(settings.model_dump(mode="json")))
+    defaults = {key: schema.get("default") for key, schema in _describe_keys(type(settings)).items()}
+    return [
+        f"{key} has no effect with {cause}"
+        for holds, cause, keys in causes
+        for key in keys
+        if holds and values[key] != defaults[key]
+    ]
+
+
+class _ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are raised, as all other mistakes are, instead of printed."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (see {self.prog} -h)")
+
+
+def _names_config_file(argument: str) -> bool:
+    """Whether a positional argument is a config file: it ends in .toml and does not begin with `key=`."""
+    return argument.endswith(".toml") and not re.match(r"[\w.\s]*=", argument)
+
+
+def _with_run_folder(settings: S, folder: str) -> S:
+    return settings.model_copy(update={"run": settings.run.model_copy(update={"dir": folder})})
+
+
+def _run_config(run: Path) -> Path:
+    """The config.toml of a run folder, or of the folder that a checkpoint lies in."""
+    config = (run if run.is_dir() else run.parent) / "config.toml"
+    if not config.is_file():
+        raise SettingsError(
+            f"{run}: there is no {config}, where a run writes its settings; "
+            f"with --eval-only, name the config file that it was trained with"
+        )
+    return config
+
+
+def _found_beside(run: Path) -> str:
+    """The run folders and checkpoints beside one that does not exist, nearest first."""
+    folder = run.parent
+    if not folder.is_dir():
+        return f"there is no folder {folder} either"
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".pt"]
+    return f"{folder} has {', '.join(_nearest_first(run.name, names)) or 'no run and no checkpoint'}"
+
+
+def _check_resumed(given: ExperimentSettings, run: ExperimentSettings) -> None:
+    """Refuse to resume `run` with other settings than its own, but for KEYS_FREE_ON_RESUME."""
+    old, new = (
+        {key: _to_toml_value(value) for key, value in _flatten(settings.model_dump(exclude_none=True))}
+        for settings in (run, given)
+    )
+    differences = [
+        f"\n  {key}: the run has {old.get(key, 'none')}, given is {new.get(key, 'none')}"
+        for key in dict.fromkeys([*old, *new])
+        if key not in KEYS_FREE_ON_RESUME and old.get(key) != new.get(key)
+    ]
+    if differences:
+        raise SettingsError(
+            f"resume with other settings: {run.run.dir} was begun with others than those given. Leave them out, or "
+            f"start a new run; only {', '.join(sorted(KEYS_FREE_ON_RESUME))} may change:{''.join(differences)}"
+        )
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        folder = path.parent
+        names = [config.name for config in folder.glob("*.toml")]
+        if names:
+            found = f"{folder} has {', '.join(_nearest_first(path.name, names))}"
+        else:
+            found = f"{folder} has no .toml file" if folder.is_dir() else f"there is no folder {folder} either"
+        raise SettingsError(f"there is no config file {path}; {found}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"config file {path} cannot be read as UTF-8 text: {error}") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(_explain_syntax(path, text, str(error))) from error
+
+
+def _explain_syntax(path: Path, text: str, message: str) -> str:
+    """tomllib's message with file, line, column and the line itself."""
+    lines = text.split("\n")
+    place = re.search(r" \(at line (\d+), column (\d+)\)$", message)
+    line, column = (int(place[1]), int(place[2])) if place else (len(lines), len(lines[-1]) + 1)
+    reason = message[: place.start()] if place else message
+    return f"{path}, line {line}, column {column}: {reason}\n  {lines[line - 1]}"
+
+
+def _parse_value(text: str, schema: Mapping[str, Any]) -> Any:
+    """An override's value: TOML where it is TOML, else the text; a string setting takes any text."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    # Text of several lines may hold further keys, and run.dir=2024 means the name 2024.
+    if parsed.keys() != {"value"} or (schema["type"] == "string" and not isinstance(parsed["value"], str)):
+        return text
+    return parsed["value"]
+
+
+def _assign(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key. Where the file has a value in place of a table, that is left for validation to report."""
+    *tables, name = key.split(".")
+    for table in tables:
+        content = content.setdefault(table, {})
+        if not isinstance(content, dict):
+            return
+    content[name] = value
+
+
+def _explain(
+    error: ValidationError,
+    content: Mapping[str, Any],
+    keys: Mapping[str, Mapping[str, Any]],
+    overridden: Iterable[str],
+    path: Path,
+) -> list[str]:
+    """A sentence for each mistake: the key, what came and from where, the rule."""
+    sentences = []
+    for detail in error.errors(include_url=False):
+        location = [part for part in detail["loc"] if isinstance(part, str)]
+        if detail["type"] == "extra_forbidden":
+            unknown = [key for key, _ in _flatten({".".join(map(_quote, location)): detail["input"]})]
+            sentences += [f"{key} ({path}) is not a setting; did you mean {_nearest(key, keys)}?" for key in unknown]
+            continue
+        key = ".".join(location)
+        schema = keys[key]
+        came, source = _find(content, location), str(path)
+        if any(key == given or key.startswith(f"{given}.") for given in overridden):
+            source = "command line"
+        elif came is ...:
+            came, source = schema.get("default", ...), "default"
+        given = key if came is ... else f"{key} = {_shorten(_to_toml_value(came))} ({source})"
+        own = detail["type"] == "value_error"
+        sentences.append(f"{given}: {detail['ctx']['error'] if own else _rule(schema, came)}")
+    return list(dict.fromkeys(sentences))  # a list with two wrong items is one mistake
+
+
+def _find(content: Any, location: Sequence[str]) -> Any:
+    """The value at a location of nested tables, or ... where there is none."""
+    for name in location:
+        if not isinstance(content, dict) or name not in content:
+            return ...
+        content = content[name]
+    return content
+
+
+def _describe_keys(cls: type[Section]) -> dict[str, dict[str, Any]]:
+    """Every dotted key of `cls`, tables too, with its JSON schema: type, default, bounds, description."""
+    root = cls.model_json_schema()
+
+    def walk(properties: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, schema in properties.items():
+            # A table is a reference, alone or as one of the alternatives "table or none".
+            alternatives = [schema, *schema.get("allOf", ()), *schema.get("anyOf", ())]
+            reference = next((item["$ref"] for item in alternatives if "$ref" in item), None)
+            if reference is None:
+                yield prefix + name, schema
+            else:
+                yield prefix + name, {**schema, "type": "object"}
+                yield from walk(root["$defs"][reference.rpartition("/")[2]]["properties"], f"{prefix}{name}.")
+
+    return dict(walk(root["properties"], ""))
+
+
+def _choices(schema: Mapping[str, Any]) -> list[str]:
+    return [schema["const"]] if "const" in schema else list(schema.get("enum", ()))
+
+
+def _type_name(schema: Mapping[str, Any]) -> str:
+    if schema["type"] == "array":
+        return f"list of {_type_name(schema['items'])}s"
+    return {"number": "float", "object": "table"}.get(schema["type"], schema["type"])
+
+
+def _range(schema: Mapping[str, Any]) -> str:
+    """What a value may be, beyond its type: "> 0, < 1", "1 or more, each >= 32", the names of a choice, or ""."""
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    bounds = ", ".join(f"{sign} {schema[name]:g}" for name, sign in signs.items() if name in schema)
+    if schema["type"] == "array":
+        fewest, most = schema.get("minItems", 0), schema.get("maxItems")
+        count = f"exactly {fewest}" if fewest == most else f"{fewest} or more"
+        return f"{count}, each {_range(schema['items'])}"
+    return bounds or ", ".join(_choices(schema))
+
+
+def _rule(schema: Mapping[str, Any], came: Any) -> str:
+    """The rule that a value breaks, from the field's own type and range."""
+    choices = _choices(schema)
+    if choices:
+        nearest = f"; did you mean {_nearest_first(came, choices)[0]}?" if isinstance(came, str) else ""
+        return f"must be {'one of ' if len(choices) > 1 else ''}{', '.join(choices)}{nearest}"
+    name = _type_name(schema)
+    if name == "boolean":
+        return "must be a boolean, true or false"
+    article = "an" if name == "integer" else "a"
+    colon = ":" if schema["type"] == "array" else ""
+    return f"must be {article} {name.replace('float', 'finite float')}{colon} {_range(schema)}".rstrip()
+
+
+def _nearest(key: str, keys: Iterable[str]) -> str:
+    """The key nearest to a mistaken one, by the whole name or by its last part.
+
+    So `optim.learning_rate`, `model.lr` and `lr` are all optim.lr.
+    """
+    last = key.rpartition(".")[2]
+
+    def closeness(candidate: str) -> tuple[float, float]:
+        whole = _similarity(key, candidate)
+        candidate_last = candidate.rpartition(".")[2]
+        abbreviated = candidate_last == _initials(last) or last == _initials(candidate_last)
+        return max(whole, 1.0 if abbreviated else _similarity(last, candidate_last)), whole
+
+    # A mistaken key of a table is to be told another key, not that table.
+    return max((candidate for candidate in keys if not key.startswith(f"{candidate}.")), key=closeness)
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
+
+
+def _nearest_first(name: str, names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda candidate: (-_similarity(name, candidate), candidate))
+
+
+def _similarity(one: str, other: str) -> float:
+    return SequenceMatcher(None, one.lower(), other.lower()).ratio()
+
+
+def _flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of nested tables with their values; an empty table is a value."""
+    for name, value in tables.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _to_toml(settings: Section) -> str:
+    """The settings as TOML, each with its description as a comment."""
+    return "\n".join(_table_lines(settings, "")).strip() + "\n"
+
+
+def _table_lines(table: Section, name: str) -> Iterator[str]:
+    fields = [(key, getattr(table, key), field.description) for key, field in type(table).model_fields.items()]
+    for key, value, description in fields:
+        if value is not None and not isinstance(value, Section):
+            yield f"# {description}"
+            yield f"{key} = {_to_toml_value(value)}"
+    # In TOML all that follows a table's header is in that table, so that tables come last.
+    for key, value, description in fields:
+        if isinstance(value, Section):
+            yield from ("", f"# {description}", f"[{name}{key}]")
+            yield from _table_lines(value, f"{name}{key}.")
+
+
+def _to_toml_value(value: Any) -> str:
+    """A value as TOML on one line (tomli_w breaks lists and knows no inline table outside of one)."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_to_toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_quote(key)} = {_to_toml_value(item)}' for key, item in value.items())}}}"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
+
+
+def _quote(name: str) -> str:
+    """A TOML key as it is written: in quotes where it is no bare key, so that "a.b" is not taken for a.b."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _to_toml_value(name)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,574 @@
+"""COCO instances files as a data set: compact arrays, contiguous labels and the way back.
+
+The JSON is decoded straight into a few arrays, 37 bytes an annotation and no Python object, so that a process
+of COCO's size stays small and DataLoader workers share one copy. Polygons and run-length masks are skipped.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import posixpath
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Target: TypeAlias = dict[str, Any]
+Sample: TypeAlias = tuple[Tensor, Target]
+
+# In training, a box less than this many pixels wide or high after clipping is left out: it covers no whole
+# pixel, and the regression target log(width) runs away for thinner ones.
+MIN_BOX_SIDE = 1.0
+
+_NUM_SHOWN = 5  # how many ids or names a message lists
+_CHUNK = 4096  # annotations decoded before they are moved into the arrays
+_MAX_COORDINATE = 1e9  # pixels; far above any image, far below what float32 overflows at
+_MIN_INT64, _MAX_INT64 = -(2**63), 2**63 - 1
+
+
+class Transform(Protocol):
+    """What `CocoDetection` calls on every sample it loads, e.g. `augment.DetectionAugmentation`."""
+
+    def __call__(
+        self, image: NDArray[np.uint8], boxes_xyxy: NDArray[np.float32], seed: int | None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
+        """The transformed image (H, W, 3), its boxes (M, 4), and which of the N given boxes these are (M,).
+
+        All randomness comes from `seed`; None draws afresh.
+        """
+        ...
+
+
+class CocoDetection(Dataset[Sample]):
+    """Images and boxes of a COCO instances file.
+
+    `dataset[i]` is `(image, target)`: the image a uint8 RGB tensor (3, H, W), the target a dict of
+    `boxes` float32 (N, 4) xyxy in pixels, `labels` int64 (N,) in 1..K, `image_id` int, `area` float32 (N,),
+    the annotations' own areas in pixels of the original image, and `iscrowd` bool (N,).
+
+    With `train=True`, crowd regions are left out, boxes are clipped to their image, and those then less than
+    1 px wide or high are dropped with a warning. An image that had annotations and lost them all is left out
+    too: it shows objects, so it is no true negative. With `train=False`, the ground truth is exactly the
+    file's, so that an evaluation equals pycocotools'.
+
+    Args:
+        images: folder that the file names of the JSON are relative to.
+        annotations: the JSON file; needs the keys images, annotations and categories. `area` and `iscrowd`
+            of an annotation may be absent (width x height and 0), unknown keys are ignored.
+        train: ground truth for training (True) or for evaluation (False).
+        transform: applied to every sample, e.g. `augment.DetectionAugmentation`.
+        keep_empty: in training, keep images without annotations, as negatives.
+        on_unreadable: what `load` does with an image that cannot be decoded: "raise", or "skip" (returns
+            None, warns once a file and lists the file in `skipped`).
+
+    Attributes:
+        class_names: label -> category name.
+        category_ids: label -> the file's category id.
+        labels: the file's category id -> label. Labels are 1..K by rising category id; 0 is background.
+        num_classes: K + 1, as torchvision's detectors count.
+        image_ids: the file's image ids, int64 (num_images,).
+        aspect_ratios: width / height, float32 (num_images,).
+
+    Raises:
+        FileNotFoundError: the folder or the file is missing, or images that the file names.
+        ValueError: the file is no valid COCO instances file; the message lists every kind of mistake.
+    """
+
+    def __init__(
+        self,
+        images: str | os.PathLike[str],
+        annotations: str | os.PathLike[str],
+        *,
+        train: bool = False,
+        transform: Transform | None = None,
+        keep_empty: bool = True,
+        on_unreadable: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if on_unreadable not in ("raise", "skip"):
+            raise ValueError(f"on_unreadable={on_unreadable!r} is unknown; use 'raise' or 'skip'")
+        if not train and not keep_empty:
+            warnings.warn("keep_empty=False has no effect with train=False: evaluation uses every image", stacklevel=2)
+        self._folder, self._file = Path(images), Path(annotations)
+        _check_paths_exist(self._folder, self._file)
+        content = _read(self._file)
+        _check_content(self._file, content)
+        _check_images_exist(self._folder, content.file_names)
+        self._transform, self._on_unreadable = transform, on_unreadable
+
+        category_ids = sorted(content.categories)
+        self.category_ids = dict(enumerate(category_ids, start=1))
+        self.labels = {category_id: label for label, category_id in self.category_ids.items()}
+        self.class_names = {label: content.categories[id_] for label, id_ in self.category_ids.items()}
+        self.num_classes = len(category_ids) + 1
+
+        selection = _select_for_training(content, keep_empty) if train else _select_all(content)
+        if not len(selection.images):
+            raise ValueError(
+                f"{self._file}: none of its {len(content.image_ids)} images is left for training; "
+                f"it needs annotations that are neither crowd regions nor degenerate, or keep_empty=True"
+            )
+        self._summary = _summarise(self._file, content, selection)
+        self._store(content, selection, np.asarray(category_ids))
+
+    def _store(self, content: _Content, selection: _Selection, category_ids: NDArray[np.int64]) -> None:
+        """Keep the selected images and annotations, as tensors: only those stay shared under spawn."""
+        names = [content.file_names[i].encode() for i in selection.images]
+        sizes = content.sizes[selection.images]
+        # Annotations ordered by image; the sort is stable, so within an image the file's order is kept.
+        place = np.full(len(content.image_ids), -1)
+        place[selection.images] = np.arange(len(selection.images))
+        place = place[content.image_indices[selection.annotations]]
+        order = np.argsort(place, kind="stable")
+        chosen = selection.annotations[order]
+
+        self.image_ids = torch.from_numpy(content.image_ids[selection.images])
+        self.aspect_ratios = torch.from_numpy((sizes[:, 0] / sizes[:, 1]).astype(np.float32))
+        self._sizes = torch.from_numpy(sizes)  # (num_images, 2): width, height
+        self._names = torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy())
+        self._name_offsets = torch.from_numpy(_offsets([len(name) for name in names]))
+        self._offsets = torch.from_numpy(_offsets(np.bincount(place, minlength=len(names))))
+        self._boxes = torch.from_numpy(selection.boxes_xyxy[order])
+        self._labels = torch.from_numpy(np.searchsorted(category_ids, content.category_ids[chosen]) + 1)
+        self._areas = torch.from_numpy(content.areas[chosen].astype(np.float32))
+        self._iscrowd = torch.from_numpy(content.iscrowd[chosen])
+        self._annotation_ids = torch.from_numpy(content.annotation_ids[chosen])
+        # Shared from the start: what a forked worker writes here must be seen by the main process.
+        self._skipped = torch.zeros(len(names), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._load(index, None)
+
+    def load(self, index: int, seed: int | None = None) -> Sample | None:
+        """The sample at `index`, its transform's randomness drawn from `seed`.
+
+        Args:
+            index: place in the data set.
+            seed: for the transform; None draws afresh.
+
+        Returns:
+            The image (3, H, W) and its target, or None where the image cannot be decoded and
+            on_unreadable="skip".
+
+        Raises:
+            ValueError: the image cannot be decoded (on_unreadable="raise"), or its size is not the file's.
+        """
+        try:
+            return self._load(index, seed)
+        except UnreadableImageError as error:
+            if self._on_unreadable == "raise":
+                raise
+            if not self._skipped[index]:
+                self._skipped[index] = True
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+            return None
+
+    def _load(self, index: int, seed: int | None) -> Sample:
+        image = _read_image(self.image_path(index), *self._sizes[index].tolist())
+        first, last = self._span(self._offsets, index)
+        boxes = self._boxes[first:last].clone()  # a view would let a caller write into the data set
+        kept: slice | Tensor = slice(None)
+        if self._transform is not None:
+            image, boxes_xyxy, kept_indices = self._transform(image, boxes.numpy(), seed)
+            boxes, kept = torch.from_numpy(boxes_xyxy), torch.from_numpy(kept_indices)
+        target = {
+            "boxes": boxes,
+            "labels": self._labels[first:last][kept].clone(),
+            "image_id": int(self.image_ids[index]),
+            "area": self._areas[first:last][kept].clone(),
+            "iscrowd": self._iscrowd[first:last][kept].clone(),
+        }
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), target  # (H, W, 3) -> (3, H, W)
+
+    @property
+    def skipped(self) -> list[str]:
+        """File names of the images skipped so far, by this process and by the loaders' workers."""
+        return [self.file_name(index) for index in self._skipped.nonzero().flatten().tolist()]
+
+    def file_name(self, index: int) -> str:
+        """The image's file name as the JSON gives it."""
+        first, last = self._span(self._name_offsets, index)
+        return self._names[first:last].numpy().tobytes().decode()
+
+    def image_path(self, index: int) -> Path:
+        """The image's file."""
+        return self._folder / self.file_name(index)
+
+    def annotation_ids(self, index: int) -> Tensor:
+        """The file's ids of the image's annotations, int64 (N,), in the order of the untransformed boxes."""
+        first, last = self._span(self._offsets, index)
+        return self._annotation_ids[first:last].clone()
+
+    def _span(self, offsets: Tensor, index: int) -> list[int]:
+        """Where the piece of the image at `index` begins and ends."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is outside this data set of {len(self)} images")
+        place = index % len(self)
+        return offsets[place : place + 2].tolist()
+
+    def summary(self) -> str:
+        """One paragraph on what the file holds and what was left out of it."""
+        return self._summary
+
+
+class UnreadableImageError(ValueError):
+    """An image file that cannot be decoded."""
+
+
+# What the JSON holds. Only the named fields are built; msgspec skips the rest without making objects.
+_Id: TypeAlias = Annotated[int, msgspec.Meta(ge=_MIN_INT64, le=_MAX_INT64)]
+
+
+class _Image(msgspec.Struct, gc=False):
+    id: _Id
+    file_name: str
+    width: Annotated[int, msgspec.Meta(le=2**31 - 1)]
+    height: Annotated[int, msgspec.Meta(le=2**31 - 1)]
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    id: _Id
+    image_id: _Id
+    category_id: _Id
+    bbox: tuple[float, float, float, float]
+    area: float | None = None
+    iscrowd: int | bool = 0
+
+
+class _Category(msgspec.Struct):
+    id: _Id
+    name: str
+
+
+class _Document(msgspec.Struct):
+    images: list[_Image]
+    # Undecoded at first: slices of the mapped file cost 60 bytes each, decoded objects 300.
+    annotations: list[msgspec.Raw]
+    categories: list[_Category]
+
+
+class _Content(NamedTuple):
+    """A COCO file's content in arrays, everything in the file's order."""
+
+    image_ids: NDArray[np.int64]  # (I,)
+    sizes: NDArray[np.int64]  # (I, 2): width, height
+    file_names: list[str]  # (I,)
+    categories: dict[int, str]  # id -> name
+    all_category_ids: NDArray[np.int64]  # (C,): with duplicates
+    annotation_ids: NDArray[np.int64]  # (A,)
+    image_indices: NDArray[np.int64]  # (A,): place of the annotation's image, -1 where there is none
+    category_ids: NDArray[np.int64]  # (A,)
+    boxes_xywh: NDArray[np.float64]  # (A, 4)
+    areas: NDArray[np.float64]  # (A,)
+    iscrowd: NDArray[np.bool_]  # (A,)
+
+
+class _Selection(NamedTuple):
+    """Which images and annotations a data set uses."""
+
+    images: NDArray[np.int64]  # places among the file's images
+    annotations: NDArray[np.int64]  # places among the file's annotations
+    boxes_xyxy: NDArray[np.float32]  # theirs, (len(annotations), 4)
+    notes: str  # what was left out or changed, for the summary
+
+
+def _read(path: Path) -> _Content:
+    """Decode the file; every mistake of syntax or type ends here."""
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty; it should be a COCO instances file")
+    with path.open("rb") as file:
+        # Not closed by hand: the undecoded annotations point into it. It goes when they do.
+        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        document = msgspec.json.decode(text, type=_Document)
+    except msgspec.ValidationError as error:
+        _raise_structure_error(path, text, error)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        _raise_syntax_error(path, text, error)
+
+    image_ids = np.array([image.id for image in document.images], np.int64)
+    num_annotations = len(document.annotations)
+    ids, named_images, category_ids = np.empty((3, num_annotations), np.int64)
+    boxes_xywh = np.empty((num_annotations, 4))
+    areas = np.empty(num_annotations)
+    iscrowd = np.empty(num_annotations, np.bool_)
+    decode = msgspec.json.Decoder(_Annotation).decode
+    for start in range(0, num_annotations, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        try:
+            chunk = [decode(raw) for raw in document.annotations[part]]
+        except (msgspec.ValidationError, UnicodeDecodeError):
+            _raise_annotation_error(path, document.annotations)
+        ids[part] = [annotation.id for annotation in chunk]
+        named_images[part] = [annotation.image_id for annotation in chunk]
+        category_ids[part] = [annotation.category_id for annotation in chunk]
+        boxes_xywh[part] = [annotation.bbox for annotation in chunk]
+        areas[part] = [a.bbox[2] * a.bbox[3] if a.area is None else a.area for a in chunk]
+        iscrowd[part] = [bool(annotation.iscrowd) for annotation in chunk]
+    return _Content(
+        image_ids=image_ids,
+        sizes=np.array([(i.width, i.height) for i in document.images], np.int64).reshape(-1, 2),
+        file_names=[image.file_name for image in document.images],
+        categories={category.id: category.name for category in document.categories},
+        all_category_ids=np.array([category.id for category in document.categories], np.int64),
+        annotation_ids=ids,
+        image_indices=_places(named_images, image_ids),
+        category_ids=category_ids,
+        boxes_xywh=boxes_xywh,
+        areas=areas,
+        iscrowd=iscrowd,
+    )
+
+
+def _raise_syntax_error(path: Path, text: mmap.mmap, error: Exception) -> NoReturn:
+    """Name the place of a broken JSON and show it."""
+    found = re.search(r"\(byte (\d+)\)", str(error))
+    if isinstance(error, UnicodeDecodeError):
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    if found is None:  # "Input data was truncated"
+        tail = text[-60:].decode(errors="replace")
+        raise ValueError(
+            f"{path} is cut off: the JSON does not end where the file does, after {len(text)} bytes, at "
+            f"...{tail!r}; copy or download it again"
+        ) from None
+    byte = int(found[1])
+    excerpt = text[max(0, byte - 40) : byte + 20].decode(errors="replace")
+    line = text[:byte].count(b"\n") + 1
+    place = f"{path} is broken JSON at byte {byte}, line {line}, near ...{excerpt!r}..."
+    if text[byte : byte + 8].startswith((b"NaN", b"Infinity")):
+        raise ValueError(
+            f"{place}: NaN and Infinity are no JSON numbers, although Python writes them; find the annotation "
+            f"whose box or area was not finite and write a number, or leave it out"
+        ) from None
+    raise ValueError(f"{place}: {error}; repair it there or write it again") from None
+
+
+def _raise_structure_error(path: Path, text: mmap.mmap, error: msgspec.ValidationError) -> NoReturn:
+    """Say which part of the file is not what a COCO instances file has there."""
+    rule = "a COCO instances file is an object with the keys images, annotations and categories"
+    if " - at " in str(error):
+        raise ValueError(f"{path}: {error}; {rule}") from None
+    try:
+        keys = msgspec.json.decode(text, type=dict[str, msgspec.Raw]).keys()
+    except msgspec.ValidationError:
+        hint = " (a list of detections is a results file)" if text[:64].lstrip().startswith(b"[") else ""
+        raise ValueError(f"{path}: {error} at its top{hint}; {rule}") from None
+    missing = [key for key in _Document.__struct_fields__ if key not in keys]
+    raise ValueError(f"{path} has the keys {_listed(keys)} and lacks {', '.join(missing)}; {rule}") from None
+
+
+def _raise_annotation_error(path: Path, annotations: Iterable[msgspec.Raw]) -> NoReturn:
+    """Find every annotation that does not decode and show the first few."""
+    wrong = []
+    for place, raw in enumerate(annotations):
+        try:
+            msgspec.json.decode(raw, type=_Annotation)
+        except (msgspec.ValidationError, UnicodeDecodeError) as error:
+            where = f"$.annotations[{place}]"
+            reason = str(error).replace("`$", f"`{where}")
+            wrong.append(reason if where in reason else f"{reason} - at `{where}`")
+    shown = "".join(f"\n- {reason}" for reason in wrong[:_NUM_SHOWN])
+    raise ValueError(
+        f"{path}: {len(wrong)} annotations cannot be read; each needs id, image_id, category_id and "
+        f"bbox = [x, y, width, height]. The first:{shown}"
+    ) from None
+
+
+def _check_paths_exist(folder: Path, file: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the image folder {folder} does not exist; {_describe_near(folder, '')}")
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise FileNotFoundError(f"the annotation file {file} {what}; {_describe_near(file, '.json')}")
+
+
+def _describe_near(path: Path, suffix: str) -> str:
+    """What the nearest existing folder holds: its files with that suffix, or its folders without one."""
+    near = next(p for p in (path, *path.absolute().parents) if p.is_dir())
+    entries = sorted(near.iterdir())
+    names = [p.name for p in entries if (p.suffix == suffix and p.is_file() if suffix else p.is_dir())]
+    kind = f"{suffix} files" if suffix else "folders"
+    return f"{near} holds the {kind} {_listed(names)}" if names else f"{near} holds no {kind}"
+
+
+def _check_content(path: Path, content: _Content) -> None:
+    """Every rule on values that the decoder cannot check; all mistakes are reported together."""
+    mistakes: list[str] = []
+
+    def check(wrong: NDArray[np.bool_], ids: NDArray[np.int64], kind: str, rule: str) -> None:
+        if wrong.any():
+            mistakes.append(f"{int(wrong.sum())} {kind}: {rule} (ids {_listed(ids[wrong])})")
+
+    if not len(content.image_ids):
+        mistakes.append("it lists no images; at least one is needed")
+    if not content.categories:
+        mistakes.append("it lists no categories; at least one is needed")
+    for kind, ids in (
+        ("images", content.image_ids),
+        ("categories", content.all_category_ids),
+        ("annotations", content.annotation_ids),
+    ):
+        check(_repeats(ids), ids, kind, "the id was used before; ids must be unique")
+    check(content.sizes.min(axis=1) <= 0, content.image_ids, "images", "width and height must be positive")
+    leaving = np.array([_leaves_folder(name) for name in content.file_names], np.bool_)
+    if leaving.any():
+        names = [content.file_names[i] for i in np.flatnonzero(leaving)]
+        mistakes.append(
+            f"{len(names)} images: file_name must be relative and stay in the image folder ({_listed(names)})"
+        )
+    annotation_ids = content.annotation_ids
+    check(content.image_indices < 0, annotation_ids, "annotations", "image_id names no image of the file")
+    unknown = _places(content.category_ids, content.all_category_ids) < 0
+    check(unknown, annotation_ids, "annotations", "category_id names no category of the file")
+    negative = content.boxes_xywh[:, 2:].min(axis=1) < 0
+    check(negative, annotation_ids, "annotations", "the width and height of bbox must not be negative")
+    too_large = np.abs(content.boxes_xywh).max(axis=1) > _MAX_COORDINATE
+    check(too_large, annotation_ids, "annotations", f"bbox must be within ± {_MAX_COORDINATE:g} pixels")
+    if mistakes:
+        raise ValueError(f"{path} is no valid COCO instances file:" + "".join(f"\n- {m}" for m in mistakes))
+
+
+def _leaves_folder(name: str) -> bool:
+    return posixpath.isabs(name) or (".." in name and posixpath.normpath(name).startswith(".."))
+
+
+def _check_images_exist(folder: Path, file_names: Sequence[str]) -> None:
+    """Every image is on disk, by one directory listing a folder: a stat an image takes minutes on a network."""
+    by_parent: dict[str, list[str]] = defaultdict(list)
+    for name in file_names:
+        by_parent[posixpath.dirname(name)].append(name)
+    missing = []
+    for parent, names in by_parent.items():
+        try:
+            with os.scandir(folder / parent) as entries:
+                present = {entry.name for entry in entries}
+        except (FileNotFoundError, NotADirectoryError):
+            present = set()
+        missing += [name for name in names if posixpath.basename(name) not in present]
+    if missing:
+        found = sorted(path.name for path in folder.iterdir())
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(file_names)} images are not in {folder}: {_listed(missing)}; it holds "
+            f"{_listed(found) if found else 'nothing'}. Check that the folder belongs to the annotation file"
+        )
+
+
+def _select_all(content: _Content) -> _Selection:
+    """Ground truth for evaluation: all of the file, unchanged."""
+    return _Selection(
+        images=np.arange(len(content.image_ids)),
+        annotations=np.arange(len(content.annotation_ids)),
+        boxes_xyxy=_to_xyxy(content.boxes_xywh).astype(np.float32),
+        notes="",
+    )
+
+
+def _select_for_training(content: _Content, keep_empty: bool) -> _Selection:
+    """Ground truth for training: no crowds, boxes clipped, degenerate ones dropped with a warning."""
+    annotations = np.flatnonzero(~content.iscrowd)
+    boxes = _to_xyxy(content.boxes_xywh[annotations])
+    limits = content.sizes[content.image_indices[annotations]]
+    clipped = np.clip(boxes, 0, np.tile(limits, 2))
+    # Rounded, since 1.8 + 1 - 1.8 is a little less than 1.
+    degenerate = (np.round(clipped[:, 2:] - clipped[:, :2], 6) < MIN_BOX_SIDE).any(1)
+    if degenerate.any():
+        warnings.warn(
+            f"{int(degenerate.sum())} boxes less than {MIN_BOX_SIDE:g} px wide or high after clipping were "
+            f"dropped (annotation ids {_listed(content.annotation_ids[annotations[degenerate]])})",
+            stacklevel=3,
+        )
+    clipped_boxes = clipped.astype(np.float32)
+    # Compared in float32: a box that ends at 640.00000001 by rounding of x + width is not outside.
+    num_clipped = int((clipped_boxes != boxes.astype(np.float32)).any(1)[~degenerate].sum())
+
+    num_images = len(content.image_ids)
+    annotations = annotations[~degenerate]
+    annotated = np.bincount(content.image_indices, minlength=num_images) > 0
+    left = np.bincount(content.image_indices[annotations], minlength=num_images) > 0
+    images = np.flatnonzero(left | ~annotated if keep_empty else left)
+    return _Selection(
+        images=images,
+        annotations=annotations,
+        boxes_xyxy=clipped_boxes[~degenerate],
+        notes=(
+            f" For training, {int(content.iscrowd.sum())} crowd regions and {int(degenerate.sum())} degenerate "
+            f"boxes were dropped, {num_clipped} boxes clipped to their image, {int((annotated & ~left).sum())} "
+            f"images left out because all of their annotations were dropped, and {int((~annotated).sum())} "
+            f"images without annotations {'kept as negatives' if keep_empty else 'left out'}."
+        ),
+    )
+
+
+def _summarise(path: Path, content: _Content, selection: _Selection) -> str:
+    num_crowds = int(content.iscrowd[selection.annotations].sum())
+    with_boxes = len(np.unique(content.image_indices[selection.annotations]))
+    return (
+        f"{path.name}: {len(selection.images)} images ({len(selection.images) - with_boxes} of them without "
+        f"boxes), {len(selection.annotations)} boxes ({num_crowds} of them crowd regions), "
+        f"{len(content.categories)} classes.{selection.notes}"
+    )
+
+
+def _read_image(path: Path, width: int, height: int) -> NDArray[np.uint8]:
+    """The image as RGB (height, width, 3), in the orientation that has the given size."""
+    try:
+        with Image.open(path) as file:
+            image: Image.Image = file
+            if image.size != (width, height):
+                # The annotator may have seen the picture as cameras mean it, turned by its EXIF tag.
+                image = ImageOps.exif_transpose(image)
+            size = image.size
+            pixels = np.array(image.convert("RGB")) if size == (width, height) else None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and others
+        raise UnreadableImageError(f"cannot read the image {path} ({type(error).__name__}: {error})") from error
+    if pixels is None:
+        raise ValueError(
+            f"{path} is {size[0]} x {size[1]} pixels, but the annotation file says {width} x {height}; the "
+            f"boxes belong to another version of this image"
+        )
+    return pixels
+
+
+def _to_xyxy(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.concatenate((boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]), axis=1)
+
+
+def _places(values: NDArray[np.int64], table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of each value in the unsorted table, -1 where it is not in there."""
+    if not len(table):
+        return np.full(len(values), -1)
+    order = np.argsort(table, kind="stable")
+    found = order[np.searchsorted(table, values, sorter=order).clip(max=len(table) - 1)]
+    return np.where(table[found] == values, found, -1)
+
+
+def _repeats(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """True at every id that stands in the array a second time."""
+    repeats = np.ones(len(ids), np.bool_)
+    repeats[np.unique(ids, return_index=True)[1]] = False
+    return repeats
+
+
+def _offsets(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each of consecutive pieces begins and the last one ends, (len(lengths) + 1,)."""
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+
+
+def _listed(items: Iterable[object]) -> str:
+    """The first few items, and how many more there are."""
+    names = [str(item) for item in items]
+    more = len(names) - _NUM_SHOWN
+    return ", ".join(names[:_NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,301 @@
+"""Detections drawn onto images, and ground truth beside prediction."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Picture = npt.NDArray[np.uint8]  # (H, W, 3) RGB
+Array = Tensor | npt.NDArray[Any]
+Colour = tuple[int, int, int]
+Rectangle = tuple[float, float, float, float]  # xyxy
+
+_READABLE_SIDE = 480  # an image with a shorter long side is enlarged, so that its labels can be read
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+_WHITE: Colour = (255, 255, 255)
+_BLACK: Colour = (16, 16, 16)
+_SHEET_GAP = 12  # pixels
+_SHEET_TITLE_SIZE = 20  # pixels
+
+
+def class_colour(label: int) -> Colour:
+    """The RGB colour, 0..255, that a class has in every picture.
+
+    Neighbouring labels differ most: the golden ratio spreads the hues, and three shades alternate.
+
+    Args:
+        label: the class's label, from 0.
+    """
+    saturation, value = ((0.85, 0.92), (0.80, 0.78), (1.00, 0.62))[label % 3]
+    red, green, blue = colorsys.hsv_to_rgb((label * _GOLDEN_RATIO) % 1.0, saturation, value)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def draw_boxes(
+    image: Array,
+    boxes_xyxy: Array,
+    labels: Array,
+    class_names: Mapping[int, str],
+    scores: Array | None = None,
+    *,
+    iscrowd: Array | None = None,
+    scale: int | None = None,
+) -> Picture:
+    """A picture of the image with its boxes and their classes' names.
+
+    Names stand above their box, or where they are inside the picture and cover no other name. Boxes of high
+    score are drawn over those of low score. The boxes of crowds are dashed.
+
+    Args:
+        image: uint8, RGB, either a tensor (3, H, W) or an array (H, W, 3).
+        boxes_xyxy: (N, 4) in pixels of `image`; they may reach beyond it.
+        labels: (N,) integers, keys of `class_names`.
+        class_names: the name of each label.
+        scores: (N,) in [0, 1], written behind the names; None for ground truth.
+        iscrowd: (N,) booleans; None where nothing is a crowd.
+        scale: whole factor by which to enlarge the picture; None enlarges small images until labels can be read.
+
+    Returns:
+        The picture (H * scale, W * scale, 3), a new array.
+
+    Raises:
+        ValueError: a wrong shape, kind or number of values, or a label without a name.
+    """
+    pixels = _as_picture(image)
+    boxes = _as_array(boxes_xyxy)
+    if boxes.size == 0:
+        boxes = boxes.reshape(0, 4)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes_xyxy has shape {boxes.shape}, expected (N, 4); give one row a box")
+    if not np.isfinite(boxes).all():
+        raise ValueError(
+            f"boxes_xyxy holds {np.count_nonzero(~np.isfinite(boxes))} values that are not finite; "
+            f"leave those boxes out"
+        )
+    num_boxes = len(boxes)
+    names = [_class_name(int(label), class_names) for label in _one_per_box(labels, "labels", num_boxes)]
+    colours = [class_colour(int(label)) for label in _as_array(labels)]
+    crowds = np.zeros(num_boxes) if iscrowd is None else _one_per_box(iscrowd, "iscrowd", num_boxes)
+    order = np.arange(num_boxes)
+    if scores is not None:
+        certainties = _one_per_box(scores, "scores", num_boxes)
+        names = [f"{name} {score:.2f}" for name, score in zip(names, certainties, strict=True)]
+        order = np.argsort(certainties, kind="stable")
+
+    height, width = pixels.shape[:2]
+    if scale is None:
+        scale = max(1, math.ceil(_READABLE_SIDE / max(height, width)))
+    elif scale < 1:
+        raise ValueError(f"scale is {scale}, expected a whole number from 1; leave it out for a fitting one")
+    canvas = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(canvas)
+    line_width = max(2, round(max(canvas.size) / 180))
+    font = ImageFont.load_default(size=max(12, round(max(canvas.size) / 36)))
+
+    for index in order:
+        box = _inside(boxes[index] * scale, canvas.size)
+        if crowds[index]:
+            _draw_dashed(draw, box, colours[index], line_width)
+        else:
+            draw.rectangle(box, outline=colours[index], width=line_width)
+    tags: list[Rectangle] = []
+    for index in order[::-1]:  # the names of high score choose their place first
+        box = _inside(boxes[index] * scale, canvas.size)
+        tag = _place_tag(box, draw.textbbox((0, 0), names[index], font=font), canvas.size, tags)
+        tags.append(tag)
+        draw.rectangle(tag, fill=colours[index])
+        middle = ((tag[0] + tag[2]) // 2, (tag[1] + tag[3]) // 2)
+        draw.text(middle, names[index], fill=_text_colour(colours[index]), font=font, anchor="mm")
+    return np.asarray(canvas).copy()
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Picture]],
+    *,
+    column_titles: Sequence[str],
+    row_titles: Sequence[str] | None = None,
+) -> Picture:
+    """Pictures in rows and columns on white, with headings.
+
+    Args:
+        rows: the pictures, uint8 (H, W, 3) of any sizes; every row has one for each column.
+        column_titles: what stands above each column.
+        row_titles: what stands above each row's pictures, such as a file name; None for nothing.
+
+    Returns:
+        The sheet (H, W, 3), uint8.
+
+    Raises:
+        ValueError: no rows, a row of another length than `column_titles`, or not one title a row.
+    """
+    if not rows:
+        raise ValueError("rows is empty, expected at least one row of pictures")
+    for number, row in enumerate(rows):
+        if len(row) != len(column_titles):
+            raise ValueError(
+                f"row {number} has {len(row)} pictures, expected {len(column_titles)}, one for each of the "
+                f"column_titles {list(column_titles)}"
+            )
+    if row_titles is not None and len(row_titles) != len(rows):
+        raise ValueError(f"row_titles has {len(row_titles)} titles for {len(rows)} rows; give one a row")
+
+    pictures = [[_as_picture(picture) for picture in row] for row in rows]
+    widths = [max(picture.shape[1] for picture in column) for column in zip(*pictures, strict=True)]
+    heights = [max(picture.shape[0] for picture in row) for row in pictures]
+    title_height = _SHEET_TITLE_SIZE + _SHEET_GAP
+    caption_height = 0 if row_titles is None else title_height
+    sheet = Image.new(
+        "RGB",
+        (
+            sum(widths) + _SHEET_GAP * (len(widths) + 1),
+            title_height + sum(heights) + (caption_height + _SHEET_GAP) * len(rows) + _SHEET_GAP,
+        ),
+        _WHITE,
+    )
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=_SHEET_TITLE_SIZE)
+    caption_font = ImageFont.load_default(size=round(0.75 * _SHEET_TITLE_SIZE))
+
+    left = _SHEET_GAP
+    for title, width in zip(column_titles, widths, strict=True):
+        draw.text((left + width / 2, _SHEET_GAP), title, fill=_BLACK, font=font, anchor="mt")
+        left += width + _SHEET_GAP
+    top = title_height + _SHEET_GAP
+    for number, row in enumerate(pictures):
+        if row_titles is not None:
+            draw.text((_SHEET_GAP, top + _SHEET_GAP), row_titles[number], fill=_BLACK, font=caption_font)
+            top += caption_height
+        left = _SHEET_GAP
+        for picture, width in zip(row, widths, strict=True):
+            # Centred in its cell, for portraits and landscapes share columns.
+            cell = (left + (width - picture.shape[1]) // 2, top + (heights[number] - picture.shape[0]) // 2)
+            sheet.paste(Image.fromarray(picture), cell)
+            left += width + _SHEET_GAP
+        top += heights[number] + _SHEET_GAP
+    return np.asarray(sheet).copy()
+
+
+def compare_detections(
+    images: Sequence[Array],
+    targets: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Mapping[str, Array]],
+    class_names: Mapping[int, str],
+    *,
+    min_score: float = 0.5,
+    names: Sequence[str] | None = None,
+) -> Picture:
+    """Ground truth beside prediction, one image a row.
+
+    Args:
+        images: uint8 RGB images as `draw_boxes` takes them.
+        targets: for each image "boxes" (N, 4) xyxy and "labels" (N,); "iscrowd" (N,) where there is one.
+        predictions: for each image "boxes" (M, 4) xyxy, "labels" (M,) and "scores" (M,).
+        class_names: the name of each label.
+        min_score: predictions of a lower score are not drawn, in [0, 1].
+        names: what stands above each row, such as file names; None for nothing.
+
+    Returns:
+        The sheet (H, W, 3), uint8.
+
+    Raises:
+        ValueError: the lists differ in length or are empty, or as in `draw_boxes`.
+    """
+    if not len(images) == len(targets) == len(predictions):
+        raise ValueError(
+            f"{len(images)} images, {len(targets)} targets and {len(predictions)} predictions, "
+            f"expected as many of each; give one target and one prediction an image"
+        )
+    rows = []
+    for image, target, prediction in zip(images, targets, predictions, strict=True):
+        certain = _as_array(prediction["scores"]) >= min_score
+        boxes, labels, scores = (_as_array(prediction[key])[certain] for key in ("boxes", "labels", "scores"))
+        truth = draw_boxes(image, target["boxes"], target["labels"], class_names, iscrowd=target.get("iscrowd"))
+        rows.append([truth, draw_boxes(image, boxes, labels, class_names, scores)])
+    return contact_sheet(rows, column_titles=("ground truth", "prediction"), row_titles=names)
+
+
+def _as_array(values: Array) -> npt.NDArray[Any]:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _as_picture(image: Array) -> Picture:
+    """The image as an array (H, W, 3)."""
+    pixels = _as_array(image)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"image is of {pixels.dtype}, expected uint8 in 0..255; scale and convert it")
+    layout = "(3, H, W) for a tensor" if isinstance(image, Tensor) else "(H, W, 3) for an array"
+    if isinstance(image, Tensor) and pixels.ndim == 3:
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+        raise ValueError(f"image has shape {tuple(image.shape)}, expected {layout}, not empty")
+    return np.ascontiguousarray(pixels)
+
+
+def _one_per_box(values: Array, name: str, num_boxes: int) -> npt.NDArray[Any]:
+    array = _as_array(values)
+    if array.shape != (num_boxes,):
+        raise ValueError(f"{name} has shape {array.shape}, expected ({num_boxes},); give one value a box")
+    return array
+
+
+def _class_name(label: int, class_names: Mapping[int, str]) -> str:
+    if label not in class_names:
+        known = ", ".join(f"{key} {name}" for key, name in list(class_names.items())[:10])
+        raise ValueError(f"label {label} has no name in class_names, which begins: {known}; add it")
+    return class_names[label]
+
+
+def _text_colour(background: Colour) -> Colour:
+    """Black or white, whichever is read better (by the luma of ITU-R BT.601)."""
+    red, green, blue = background
+    return _BLACK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else _WHITE
+
+
+def _inside(box: npt.NDArray[Any], size: tuple[int, int]) -> Rectangle:
+    """The box cut at the borders of a picture of this (width, height), so that its sides remain in sight."""
+    x1, x2 = np.sort(box[[0, 2]]).clip(0, size[0] - 1)
+    y1, y2 = np.sort(box[[1, 3]]).clip(0, size[1] - 1)
+    return float(x1), float(y1), float(x2), float(y2)
+
+
+def _draw_dashed(draw: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, line_width: int) -> None:
+    x1, y1, x2, y2 = box
+    dash = 4 * line_width
+    inset = line_width // 2  # a line is drawn around its coordinates, a rectangle within them
+    for start in np.arange(x1, x2, 2 * dash):
+        for y in (y1 + inset, y2 - inset):
+            draw.line((start, y, min(start + dash, x2), y), fill=colour, width=line_width)
+    for start in np.arange(y1, y2, 2 * dash):
+        for x in (x1 + inset, x2 - inset):
+            draw.line((x, start, x, min(start + dash, y2)), fill=colour, width=line_width)
+
+
+def _place_tag(box: Rectangle, text: Rectangle, size: tuple[int, int], tags: list[Rectangle]) -> Rectangle:
+    """Where a box's name goes: inside the picture and, if there is room near the box, clear of other `tags`.
+
+    On whole pixels, so that every name is equally sharp.
+    """
+    padding = 3
+    width, height = math.ceil(text[2]) + 2 * padding, math.ceil(text[3]) + 2 * padding
+    x1, y1, x2, y2 = (round(side) for side in box)
+    corners = [(x1, y1 - height), (x1, y2), (x2 - width, y1 - height), (x2 - width, y2), (x1, y1)]
+    places = []
+    for left, top in corners:
+        left = max(0, min(left, size[0] - 1 - width))
+        top = max(0, min(top, size[1] - 1 - height))
+        places.append((left, top, left + width, top + height))
+    for place in places:
+        if not any(_overlap(place, tag) for tag in tags):
+            return place
+    return places[0]
+
+
+def _overlap(first: Rectangle, second: Rectangle) -> bool:
+    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]

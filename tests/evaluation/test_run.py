@@ -1,0 +1,203 @@
+"""evaluate(): what the model and the metric see, and what it leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resnest_det.evaluation import CocoMeanAveragePrecision, evaluate
+
+Batch = tuple[list[Tensor], list[dict[str, Any]], list[str]]
+
+BOX = torch.tensor([[10.0, 10.0, 60.0, 60.0]])
+
+
+class FixedDetector(nn.Module):
+    """Answers every image with the same boxes; has the parts that evaluation mode and processes act on."""
+
+    def __init__(self, boxes: Tensor) -> None:
+        super().__init__()
+        self.frozen = nn.BatchNorm2d(3).eval()
+        self.norm = nn.BatchNorm2d(3)
+        self.dropout = nn.Dropout()
+        self.boxes = boxes
+        self.seen: list[Tensor] = []
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        assert not self.training
+        assert not self.norm.training
+        assert torch.is_inference_mode_enabled()
+        self.seen += images
+        num_boxes = len(self.boxes)
+        return [
+            {
+                "boxes": self.boxes.clone(),
+                "labels": torch.ones(num_boxes, dtype=torch.int64),
+                "scores": torch.full((num_boxes,), 0.5),
+            }
+            for _ in images
+        ]
+
+
+def batches(image_ids: range) -> list[Batch]:
+    """One image a batch, of the grey value 51, with one object at BOX."""
+    return [
+        (
+            [torch.full((3, 64, 64), 51, dtype=torch.uint8)],
+            [{"image_id": image_id, "boxes": BOX, "labels": torch.tensor([1])}],
+            [f"{image_id}.jpg"],
+        )
+        for image_id in image_ids
+    ]
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def cats() -> CocoMeanAveragePrecision:
+    return CocoMeanAveragePrecision({1: "cat"})
+
+
+def test_evaluate_returns_the_metric_and_restores_every_mode() -> None:
+    model = FixedDetector(BOX).train()
+    model.frozen.eval()
+    before = modes(model)
+    assert before == [True, False, True, True]
+    metric = cats()
+    numbers = evaluate(model, batches(range(3)), metric)
+    assert numbers["AP"] == pytest.approx(1.0)
+    assert numbers == metric.compute()
+    assert metric.per_class()[0].num_boxes == 3
+    assert modes(model) == before
+
+
+def test_images_arrive_as_floats_between_0_and_1() -> None:
+    model = FixedDetector(BOX)
+    evaluate(model, batches(range(1)), cats())
+    (image,) = model.seen
+    assert image.dtype == torch.float32
+    assert torch.equal(image, torch.full((3, 64, 64), 0.2))
+
+
+def test_evaluate_resets_the_metric_first() -> None:
+    metric = cats()
+    model = FixedDetector(BOX)
+    assert evaluate(model, batches(range(3)), metric) == evaluate(model, batches(range(3)), metric)
+
+
+def test_a_model_that_finds_nothing() -> None:
+    numbers = evaluate(FixedDetector(torch.zeros(0, 4)), batches(range(2)), cats())
+    assert list(numbers) == [
+        *("AP", "AP50", "AP75", "APs", "APm", "APl"),
+        *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+    ]
+    assert (numbers["AP"], numbers["AR100"], numbers["APl"]) == (0.0, 0.0, -1.0)
+
+
+def test_an_error_names_the_image_and_still_restores_the_modes() -> None:
+    model = FixedDetector(torch.full((1, 4), float("nan"))).train()
+    model.frozen.eval()
+    before = modes(model)
+    with pytest.raises(ValueError, match="prediction for image 12: boxes holds nan"):
+        evaluate(model, batches(range(12, 14)), cats())
+    assert modes(model) == before
+
+
+def test_an_empty_loader() -> None:
+    with pytest.raises(ValueError, match="no images to evaluate"):
+        evaluate(FixedDetector(BOX), [], cats())
+
+
+def test_any_model_and_metric() -> None:
+    """Segmentation's shape of things: one tensor in, a dict out, targets as one tensor, no names."""
+
+    class Segmenter(nn.Module):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"out": images.mean(dim=1, keepdim=True)}
+
+    class Recorder:
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def reset(self) -> None:
+            self.calls = ["reset"]
+
+        def update(self, predictions: dict[str, Tensor], targets: Tensor) -> None:
+            assert predictions["out"].shape == (2, 1, 8, 8)
+            assert targets.dtype == torch.int64
+            self.calls.append("update")
+
+        def merge(self) -> None:
+            self.calls.append("merge")
+
+        def compute(self) -> dict[str, float]:
+            self.calls.append("compute")
+            return {"mIoU": 0.25}
+
+    def loader() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(2):
+            yield torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.int64)
+
+    metric = Recorder()
+    # The model has no parameters: without a device it runs on the CPU.
+    assert evaluate(Segmenter(), loader(), metric) == {"mIoU": 0.25}
+    assert metric.calls == ["reset", "update", "update", "merge", "compute"]
+
+
+def test_images_go_to_the_device_asked_for() -> None:
+    model = FixedDetector(BOX)
+    evaluate(model, batches(range(1)), cats(), device=torch.device("meta"))
+    assert model.seen[0].device.type == "meta"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stderr", "progress", "shown"),
+    [(Terminal, True, True), (Terminal, False, False), (io.StringIO, True, False)],
+)
+def test_the_progress_bar_is_for_terminals(
+    stderr: type[io.StringIO], progress: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = stderr()
+    monkeypatch.setattr("sys.stderr", stream)
+    evaluate(FixedDetector(BOX), batches(range(2)), cats(), progress=progress)
+    assert ("evaluate" in stream.getvalue()) == shown
+
+
+def evaluated(rank: int, folder: str) -> None:
+    """One of two processes: the first evaluates no batch, then 1; the second evaluates 4 each time."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    model = DistributedDataParallel(FixedDetector(BOX[:rank]))
+    results = []
+    for num_first in (0, 1):
+        image_ids = range(num_first) if rank == 0 else range(1, 5)
+        results.append(evaluate(model, batches(image_ids), cats())["AR100"])
+    Path(folder, f"{rank}.json").write_text(json.dumps([results, modes(model)]))
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_uneven_parts(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(evaluated, args=(str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    recalls, training = first
+    # The first process's model finds nothing in its image, the second's finds everything in its 4.
+    assert recalls == pytest.approx([1.0, 4 / 5])
+    assert training == [True, True, False, True, True]

@@ -1,0 +1,654 @@
+"""Settings: what a file and overrides become, and the message for every mistake."""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from resnest_det.config import (
+    KEYS_FREE_ON_RESUME,
+    CocoDataSettings,
+    Command,
+    DetectionSettings,
+    SampleSettings,
+    SettingsError,
+    SplitSettings,
+    ineffective_settings,
+    load_settings,
+    parse_command_line,
+    settings_table,
+    write_settings,
+)
+
+DOCS = Path(__file__).parents[1] / "docs" / "config.md"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text('[data]\nroot = "coco"\n[optim]\nlr = 0.01\n')
+    return path
+
+
+@pytest.fixture
+def run_folder(config: Path, tmp_path: Path) -> Path:
+    """A run of `config` whose folder was moved after the run, as its config.toml does not know."""
+    folder = tmp_path / "moved" / "first"
+    folder.mkdir(parents=True)
+    write_settings(load_settings(DetectionSettings, config, ["run.dir=runs/first"]), folder / "config.toml")
+    return folder
+
+
+@pytest.fixture
+def parse(config: Path) -> Callable[..., Command[DetectionSettings]]:
+    def parse_arguments(*arguments: object) -> Command[DetectionSettings]:
+        return parse_command_line(
+            DetectionSettings,
+            [str(argument) for argument in arguments],
+            prog="train_det.py",
+            description="Train a detector.",
+            default_config=config,
+        )
+
+    return parse_arguments
+
+
+def load(path: Path, *overrides: str) -> DetectionSettings:
+    return load_settings(DetectionSettings, path, overrides)
+
+
+def mistakes(path: Path, *overrides: str) -> list[str]:
+    """The lines of the error's message, without the heading."""
+    with pytest.raises(SettingsError) as caught:
+        load(path, *overrides)
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def models(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """`model` and every settings model below it."""
+    found = {model}
+    for field in model.model_fields.values():
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= models(kind)
+    return found
+
+
+# Reading
+
+
+def test_file_and_defaults(config: Path) -> None:
+    settings = load(config)
+    assert settings.optim.lr == 0.01
+    assert settings.optim.epochs == 12
+    assert settings.data.train.annotations == "annotations/instances_train2017.json"
+    assert settings.data.val.images == "val2017"
+    assert settings.data.short_sides == (640, 672, 704, 736, 768, 800)
+    assert settings.data.sample is None
+
+
+def test_split_given_in_part_keeps_its_own_defaults(config: Path) -> None:
+    settings = load(config, "data.train.images=a", "data.val.images=b")
+    assert settings.data.train.annotations == "annotations/instances_train2017.json"
+    assert settings.data.val.annotations == "annotations/instances_val2017.json"
+
+
+def test_run_folder_is_named_after_the_file(config: Path) -> None:
+    assert load(config).run.dir == "runs/tiny"
+    assert load(config, "run.dir=elsewhere").run.dir == "elsewhere"
+
+
+def test_settings_are_frozen(config: Path) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load(config).optim.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("data.root=../coco", "data", "root", "../coco"),
+        ('data.root="../my coco"', "data", "root", "../my coco"),
+        ("data.root=../my coco", "data", "root", "../my coco"),
+        ("data.root=a=b", "data", "root", "a=b"),
+        ("run.dir=2024", "run", "dir", "2024"),
+        ("run.dir=2024-01-02", "run", "dir", "2024-01-02"),
+        ("run.dir=true", "run", "dir", "true"),
+        ("model.weights=", "model", "weights", ""),
+        ("model.weights=1\nlr = 2", "model", "weights", "1\nlr = 2"),
+        ("data.short_sides=[640, 672]", "data", "short_sides", (640, 672)),
+        ("model.aspect_ratios=[1, 2.5]", "model", "aspect_ratios", (1.0, 2.5)),
+        ("optim.lr=1e-3", "optim", "lr", 0.001),
+        ("optim.lr=1", "optim", "lr", 1.0),
+        (" optim.epochs = 3 ", "optim", "epochs", 3),
+        ("data.keep_empty=false", "data", "keep_empty", False),
+        ("optim.optimizer=adamw", "optim", "optimizer", "adamw"),
+        ("data.sample.num_train=4", "data", "sample", SampleSettings(num_train=4)),
+        ("data.sample={seed = 3}", "data", "sample", SampleSettings(seed=3)),
+    ],
+)
+def test_override(config: Path, override: str, section: str, name: str, value: object) -> None:
+    read = getattr(getattr(load(config, override), section), name)
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_last_override_of_a_key_wins(config: Path) -> None:
+    assert load(config, "optim.lr=1.0", "optim.lr=2.0").optim.lr == 2.0
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.lr=0", "optim.lr = 0 (command line): must be a finite float > 0"),
+        ("optim.lr=inf", "optim.lr = inf (command line): must be a finite float > 0"),
+        ("optim.lr=nan", "optim.lr = nan (command line): must be a finite float > 0"),
+        ("optim.lr=fast", 'optim.lr = "fast" (command line): must be a finite float > 0'),
+        ("optim.lr={start = 1}", "optim.lr = {start = 1} (command line): must be a finite float > 0"),
+        ("optim.lr=true", "optim.lr = true (command line): must be a finite float > 0"),
+        ("optim.momentum=1", "optim.momentum = 1 (command line): must be a finite float >= 0, < 1"),
+        ("optim.gamma=0.0", "optim.gamma = 0.0 (command line): must be a finite float > 0, <= 1"),
+        ("optim.epochs=1.5", "optim.epochs = 1.5 (command line): must be an integer >= 1"),
+        ("optim.epochs=3.0", "optim.epochs = 3.0 (command line): must be an integer >= 1"),
+        ("optim.epochs=true", "optim.epochs = true (command line): must be an integer >= 1"),
+        ("run.seed=-1", "run.seed = -1 (command line): must be an integer >= 0"),
+        ("model.trainable_stages=6", "model.trainable_stages = 6 (command line): must be an integer >= 0, <= 5"),
+        ("data.keep_empty=yes", 'data.keep_empty = "yes" (command line): must be a boolean, true or false'),
+        ("data.keep_empty=1", "data.keep_empty = 1 (command line): must be a boolean, true or false"),
+        ("data.hflip=1.1", "data.hflip = 1.1 (command line): must be a finite float >= 0, <= 1"),
+        (
+            "model.norm=BN",
+            'model.norm = "BN" (command line): must be one of bn, frozen_bn, sync_bn, gn; did you mean bn?',
+        ),
+        (
+            "model.detector=fcos",
+            'model.detector = "fcos" (command line): must be faster_rcnn; did you mean faster_rcnn?',
+        ),
+        ("data.sample=true", "data.sample = true (command line): must be a table"),
+        ("data.train=images", 'data.train = "images" (command line): must be a table'),
+        (
+            "data.short_sides=640",
+            "data.short_sides = 640 (command line): must be a list of integers: 1 or more, each >= 32",
+        ),
+        (
+            "data.short_sides=[]",
+            "data.short_sides = [] (command line): must be a list of integers: 1 or more, each >= 32",
+        ),
+        (
+            "data.short_sides=[31, 640.0]",
+            "data.short_sides = [31, 640.0] (command line): must be a list of integers: 1 or more, each >= 32",
+        ),
+        (
+            "model.anchor_sizes=[32, 64]",
+            "model.anchor_sizes = [32, 64] (command line): must be a list of integers: exactly 5, each >= 1",
+        ),
+        (
+            "model.aspect_ratios=[0]",
+            "model.aspect_ratios = [0] (command line): must be a list of finite floats: 1 or more, each > 0",
+        ),
+        (
+            "optim.milestones=[0.9, 0.5]",
+            "optim.milestones = [0.9, 0.5] (command line): must increase: each milestone lies after the one before it",
+        ),
+        (
+            "optim.milestones=[0.5, 1.0]",
+            "optim.milestones = [0.5, 1.0] (command line): must be a list of finite floats: 0 or more, each > 0, < 1",
+        ),
+        (
+            "data.max_side=799",
+            "data.max_side = 799 (command line): must be at least the largest of data.short_sides, which is 800",
+        ),
+        (
+            "data.short_sides=[2000, 700]",
+            "data.max_side = 1333 (default): must be at least the largest of data.short_sides, which is 2000",
+        ),
+        ("model.min_size=1400", "model.max_size = 1333 (default): must be at least model.min_size, which is 1400"),
+        (
+            "data.root=",
+            'data.root = "" (command line): the data set\'s folder is required: give data.root=FOLDER, '
+            "or a table [data.sample]",
+        ),
+    ],
+)
+def test_mistaken_value(config: Path, override: str, sentence: str) -> None:
+    assert mistakes(config, override) == [sentence]
+
+
+def test_nesterov_needs_momentum(config: Path) -> None:
+    assert mistakes(config, "optim.nesterov=true", "optim.momentum=0") == [
+        "optim.nesterov = true (command line): needs optim.momentum > 0, which is 0: "
+        "give a momentum, or optim.nesterov=false"
+    ]
+
+
+def test_long_value_is_shortened(config: Path) -> None:
+    (sentence,) = mistakes(config, f"optim.epochs={'x' * 1000}")
+    assert sentence == f'optim.epochs = "{"x" * 76}... (command line): must be an integer >= 1'
+
+
+@pytest.mark.parametrize(
+    ("mistaken", "meant"),
+    [
+        ("optim.learning_rate", "optim.lr"),
+        ("lr", "optim.lr"),
+        ("model.lr", "optim.lr"),
+        ("optimizer.lr", "optim.lr"),
+        ("optim.wd", "optim.weight_decay"),
+        ("data.batchsize", "data.batch_size"),
+        ("modle.backbone", "model.backbone"),
+        ("model.epochs", "optim.epochs"),
+        ("data.sampel", "data.sample"),
+        ("data.sample.num_trian", "data.sample.num_train"),
+        ("data.sample.x", "data.sample.seed"),
+    ],
+)
+def test_unknown_key_names_the_nearest(config: Path, tmp_path: Path, mistaken: str, meant: str) -> None:
+    assert mistakes(config, f"{mistaken}=1") == [f"{mistaken} (command line) is not a setting; did you mean {meant}?"]
+    path = tmp_path / "mistaken.toml"
+    path.write_text(f'data.root = "coco"\n{mistaken} = 1\n')
+    assert f"{mistaken} ({path}) is not a setting; did you mean {meant}?" in mistakes(path)
+
+
+def test_unknown_table_is_reported_by_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "mistaken.toml"
+    path.write_text('data.root = "coco"\n"optim.lr" = 1\n[solver]\nlr = 0.1\nepochs = 2\n[extra]\n')
+    assert mistakes(path) == [
+        f'"optim.lr" ({path}) is not a setting; did you mean optim.lr?',
+        f"solver.lr ({path}) is not a setting; did you mean optim.lr?",
+        f"solver.epochs ({path}) is not a setting; did you mean optim.epochs?",
+        f"extra ({path}) is not a setting; did you mean data.train?",
+    ]
+
+
+def test_all_mistakes_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "mistaken.toml"
+    path.write_text("optim = 3\n[data]\nhflip = 2\nbatch = 4\n[model]\nbackbone = 50\n")
+    with pytest.raises(SettingsError) as caught:
+        load(path, "lr", "=3", "optim.lr=1", "eval.every=0", "run.sede=1")
+    assert str(caught.value).splitlines() == [
+        f"9 mistakes in the settings of {path} and the overrides:",
+        "  'lr' is not an override: write key=value, such as optim.lr=...; the name of a config file ends in .toml",
+        "  '=3' is not an override: write key=value, such as run=...; the name of a config file ends in .toml",
+        "  run.sede (command line) is not a setting; did you mean run.seed?",
+        '  data.root = "" (default): the data set\'s folder is required: give data.root=FOLDER, '
+        "or a table [data.sample]",
+        f"  data.hflip = 2 ({path}): must be a finite float >= 0, <= 1",
+        f"  data.batch ({path}) is not a setting; did you mean data.batch_size?",
+        f"  model.backbone = 50 ({path}): must be a string",
+        f"  optim = 3 ({path}): must be a table",
+        "  eval.every = 0 (command line): must be an integer >= 1",
+    ]
+
+
+def test_an_empty_file_lacks_a_data_set(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    with pytest.raises(
+        SettingsError, match=r"^1 mistake in the settings of \S+empty.toml:\n  data.root = \"\" \(default\)"
+    ):
+        load(path)
+    assert load(path, "data.sample={}").data.sample == SampleSettings()
+
+
+def test_required_field_without_default() -> None:
+    with pytest.raises(ValidationError, match="annotations"):
+        SplitSettings(images="a")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim]\nlr 0.1\n", "line 2, column 4: Expected '=' after a key in a key/value pair\n  lr 0.1"),
+        ("[optim]\nlr = 0.1\nlr = 0.2\n", "line 3, column 9: Cannot overwrite a value\n  lr = 0.2"),
+        ("a = [1,\n  2", "line 2, column 4: Unclosed array (at end of document)\n    2"),
+    ],
+)
+def test_toml_syntax_error_names_the_place(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}, {message}"
+
+
+def test_missing_file_names_the_files_there_are(tmp_path: Path) -> None:
+    for name in ("alpha.toml", "resnest50_1x.toml", "resnet50_3x.toml", "note.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path / "resnest50_2x.toml")
+    assert str(caught.value) == (
+        f"there is no config file {tmp_path}/resnest50_2x.toml; "
+        f"{tmp_path} has resnest50_1x.toml, resnet50_3x.toml, alpha.toml"
+    )
+
+
+def test_missing_file_where_there_are_none(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=f"no config file {tmp_path}/a.toml; {tmp_path} has no .toml file$"):
+        load(tmp_path / "a.toml")
+    with pytest.raises(
+        SettingsError, match=f"no config file {tmp_path}/b/a.toml; there is no folder {tmp_path}/b either$"
+    ):
+        load(tmp_path / "b" / "a.toml")
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    path = tmp_path / "latin.toml"
+    path.write_bytes(b'[data]\nroot = "\xe9"\n')
+    with pytest.raises(SettingsError, match=r"latin\.toml cannot be read as UTF-8 text: .*0xe9"):
+        load(path)
+    with pytest.raises(SettingsError, match=f"config file {tmp_path} cannot be read as UTF-8 text: .*directory"):
+        load(tmp_path)
+
+
+# Writing
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["data.sample.num_train=4", "optim.lr=1e-7", "optim.milestones=[]", "run.dir=a b", "model.norm=gn"],
+        ['data.root="quote \\" back\\\\slash \\n line, é"', "data.short_sides=[64]", "data.keep_empty=false"],
+    ],
+)
+def test_written_settings_read_back_equal(config: Path, tmp_path: Path, overrides: list[str]) -> None:
+    settings = load(config, *overrides)
+    write_settings(settings, tmp_path / "config.toml")
+    assert load(tmp_path / "config.toml") == settings
+
+
+def test_written_settings_carry_every_description(config: Path, tmp_path: Path) -> None:
+    write_settings(load(config, "data.sample={}"), tmp_path / "config.toml")
+    lines = (tmp_path / "config.toml").read_text().splitlines()
+    position = lines.index("lr = 0.01")
+    assert lines[position - 1] == "# Learning rate after the warm-up."
+    assert lines[lines.index("[data.sample]") - 1].startswith("# Train on the generated data set")
+    for previous, line in itertools.pairwise(lines):
+        assert previous.startswith("# ") or line.startswith("# ") or not line, line
+
+
+def test_interrupted_write_leaves_the_old_file(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("old")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("disk is gone")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk is gone"):
+        write_settings(load(config), path)
+    assert path.read_text() == "old"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.toml", "tiny.toml"]
+
+
+# The command line
+
+
+def test_without_arguments_the_default_config_is_read(parse: Callable[..., Command], config: Path) -> None:
+    assert parse() == Command(load(config), config, None, None)
+
+
+@pytest.mark.parametrize("config_place", [0, 1, 2])
+def test_arguments_come_in_any_order(parse: Callable[..., Command], tmp_path: Path, config_place: int) -> None:
+    other = tmp_path / "other=1.toml"
+    other.write_text('data.root = "other"\n')
+    arguments: list[object] = ["optim.lr=0.5", "data.train.annotations=x.toml"]
+    arguments.insert(config_place, other)
+    command = parse(*arguments)
+    assert command.config_path == other
+    assert command.settings == load(other, "optim.lr=0.5", "data.train.annotations=x.toml")
+
+
+def test_print_config_prints_toml_that_reads_back(
+    parse: Callable[..., Command], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse("optim.lr=0.5", "--print-config", "run.seed=3")
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert tomllib.loads(printed)["optim"]["lr"] == 0.5
+    (tmp_path / "printed.toml").write_text(printed)
+    assert load(tmp_path / "printed.toml") == load(config, "optim.lr=0.5", "run.seed=3")
+
+
+def test_help_shows_the_flags(parse: Callable[..., Command], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse("-h")
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for text in ("train_det.py", "Train a detector.", "--print-config", "--resume", "--eval-only", "KEY=VALUE"):
+        assert text in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resum", "x"], r"unrecognized arguments: --resum \(see train_det.py -h\)"),
+        (["--resume"], r"argument --resume: expected one argument \(see train_det.py -h\)"),
+        (["a.toml", "b.toml"], "2 config files are given, a.toml, b.toml; name one at most"),
+        (["--resume", "a", "--eval-only", "b"], "--resume and --eval-only are both given; .*: keep one of them"),
+        (["lr", "optim.lr=-1"], r"'lr' is not an override: (.|\n)*optim.lr = -1 \(command line\)"),
+    ],
+)
+def test_mistaken_command_line_is_raised(
+    parse: Callable[..., Command], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse(*arguments)
+    assert capsys.readouterr() == ("", "")
+
+
+# Resuming
+
+
+def test_resume_needs_nothing_else(parse: Callable[..., Command], config: Path, run_folder: Path) -> None:
+    command = parse("--resume", run_folder)
+    assert command == Command(load(config, f"run.dir={run_folder}"), run_folder / "config.toml", run_folder, None)
+
+
+def test_resume_with_the_same_config_and_free_keys(
+    parse: Callable[..., Command], config: Path, run_folder: Path
+) -> None:
+    free = ["run.device=cpu", "data.num_workers=0", "data.root=/moved/coco"]
+    assert {override.partition("=")[0] for override in free} == KEYS_FREE_ON_RESUME
+    for arguments in (free, [config, *free], ["optim.lr=0.01", *free, f"run.dir={run_folder}"]):
+        command = parse("--resume", run_folder, *arguments)
+        assert command.settings == load(config, *free, f"run.dir={run_folder}")
+        assert command.config_path == (config if config in arguments else run_folder / "config.toml")
+
+
+def test_resume_with_other_settings_lists_them(parse: Callable[..., Command], run_folder: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse("optim.lr=0.5", "--resume", run_folder, "data.sample.num_train=4", "run.dir=b", "data.num_workers=0")
+    heading, *lines = str(caught.value).splitlines()
+    assert heading == (
+        f"resume with other settings: {run_folder} was begun with others than those given. Leave them out, or start "
+        f"a new run; only data.num_workers, data.root, run.device may change:"
+    )
+    assert lines == [
+        f'  run.dir: the run has "{run_folder}", given is "b"',
+        "  optim.lr: the run has 0.01, given is 0.5",
+        "  data.sample.num_train: the run has none, given is 4",
+        "  data.sample.num_val: the run has none, given is 60",
+        "  data.sample.seed: the run has none, given is 0",
+    ]
+
+
+def test_resume_with_another_config_file(parse: Callable[..., Command], tmp_path: Path, run_folder: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text('data.root = "elsewhere"\noptim.epochs = 3\n')
+    with pytest.raises(SettingsError) as caught:
+        parse(other, "--resume", run_folder)
+    assert str(caught.value).splitlines()[1:] == [
+        "  optim.lr: the run has 0.01, given is 0.02",
+        "  optim.epochs: the run has 12, given is 3",
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--eval-only"])
+def test_run_that_does_not_exist(parse: Callable[..., Command], config: Path, run_folder: Path, flag: str) -> None:
+    for name in ("frist", "zebra"):
+        (run_folder.parent / name).mkdir()
+    (run_folder.parent / "note.txt").touch()
+    with pytest.raises(SettingsError) as caught:
+        parse(flag, run_folder.parent / "firts", config)
+    parent = run_folder.parent
+    assert str(caught.value) == f"{flag} {parent}/firts does not exist; {parent} has first, frist, zebra"
+    with pytest.raises(SettingsError, match=f"{flag} {parent}/no/a does not exist; there is no folder {parent}/no"):
+        parse(flag, parent / "no" / "a")
+    with pytest.raises(SettingsError, match=f"a does not exist; {parent}/zebra has no run and no checkpoint"):
+        parse(flag, parent / "zebra" / "a")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--eval-only"])
+def test_folder_without_config(parse: Callable[..., Command], tmp_path: Path, flag: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse(flag, tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: there is no {tmp_path}/config.toml, where a run writes its settings; "
+        f"with --eval-only, name the config file that it was trained with"
+    )
+
+
+def test_resume_of_a_checkpoint_names_its_folder(parse: Callable[..., Command], run_folder: Path) -> None:
+    (run_folder / "last.pt").touch()
+    with pytest.raises(SettingsError, match=f"last.pt is a file; name its run folder, {run_folder}"):
+        parse("--resume", run_folder / "last.pt")
+
+
+# Evaluation only
+
+
+@pytest.mark.parametrize("name", ["", "best.pt"])
+def test_eval_only_reads_the_run(parse: Callable[..., Command], config: Path, run_folder: Path, name: str) -> None:
+    (run_folder / "best.pt").touch()
+    command = parse("--eval-only", run_folder / name, "data.val.annotations=mine.json", "optim.lr=3")
+    assert command == Command(
+        load(config, "data.val.annotations=mine.json", "optim.lr=3", f"run.dir={run_folder}"),
+        run_folder / "config.toml",
+        None,
+        run_folder / name,
+    )
+    assert parse("--eval-only", run_folder, "run.dir=mine").settings.run.dir == "mine"
+
+
+def test_eval_only_with_a_config_file(parse: Callable[..., Command], tmp_path: Path, run_folder: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text('data.root = "elsewhere"\n')
+    checkpoint = tmp_path / "downloaded.pt"
+    checkpoint.touch()
+    for evaluated in (checkpoint, run_folder):
+        assert parse(other, "--eval-only", evaluated) == Command(load(other), other, None, evaluated)
+
+
+# Settings without effect
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentences"),
+    [
+        ([], []),
+        (["optim.optimizer=adamw", "optim.schedule=cosine", "optim.warmup_steps=0"], []),
+        (
+            ["optim.optimizer=adamw", "optim.momentum=0.8", "optim.nesterov=true"],
+            [
+                "optim.momentum has no effect with optim.optimizer=adamw",
+                "optim.nesterov has no effect with optim.optimizer=adamw",
+            ],
+        ),
+        (
+            ["optim.schedule=cosine", "optim.milestones=[0.5]", "optim.gamma=0.5", "optim.final_lr_factor=0.1"],
+            [
+                "optim.milestones has no effect with optim.schedule=cosine",
+                "optim.gamma has no effect with optim.schedule=cosine",
+            ],
+        ),
+        (["optim.final_lr_factor=0.1"], ["optim.final_lr_factor has no effect with optim.schedule=multistep"]),
+        (
+            ["optim.warmup_steps=0", "optim.warmup_factor=0.1"],
+            ["optim.warmup_factor has no effect with optim.warmup_steps=0"],
+        ),
+        (["model.box_head_norm=gn"], ["model.box_head_norm has no effect with model.box_head=2fc"]),
+        (["model.box_head_norm=gn", "model.box_head=4conv1fc"], []),
+        (
+            ["data.sample={}", "data.val.images=mine"],
+            ["data.root has no effect with data.sample", "data.val.images has no effect with data.sample"],
+        ),
+        (["data.sample={}", "data.root="], []),
+    ],
+)
+def test_ineffective_settings(config: Path, overrides: list[str], sentences: list[str]) -> None:
+    assert ineffective_settings(load(config, *overrides)) == sentences
+
+
+# The models and their table
+
+
+def test_every_field_has_a_description() -> None:
+    found = models(DetectionSettings)
+    assert len(found) == 9
+    for model in found:
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name}"
+            assert field.description.endswith("."), f"{model.__name__}.{name}"
+
+
+def test_settings_table_rows() -> None:
+    rows = settings_table(DetectionSettings).splitlines()
+    assert rows[0] == "| key | type | default | range | description |"
+    assert "| `optim.lr` | float | `0.02` | > 0 | Learning rate after the warm-up. |" in rows
+    assert "| `data.sample` | table | absent |  | " in "\n".join(rows)
+    assert (
+        "| `model.anchor_sizes` | list of integers | `[32, 64, 128, 256, 512]` | exactly 5, each >= 1 |"
+        in "\n".join(rows)
+    )
+    assert settings_table(SplitSettings).count("| required |") == 2
+
+
+def test_settings_table_covers_every_setting() -> None:
+    sections = [model for model in models(DetectionSettings) if model is not DetectionSettings]
+    # The two splits are rows by their settings only; data.sample, which may be absent, has a row of its own.
+    expected = sum(len(model.model_fields) for model in sections) - len(["data.train", "data.val"])
+    assert settings_table(DetectionSettings).count("\n| `") == expected
+
+
+def test_documented_table_is_the_models() -> None:
+    begin, end = "<!-- settings: begin -->\n", "<!-- settings: end -->"
+    documented = DOCS.read_text().partition(begin)[2].partition(end)[0]
+    assert documented.strip() == settings_table(DetectionSettings).strip(), "docs/config.md says how to renew it"
+
+
+def test_documented_file_is_valid(tmp_path: Path) -> None:
+    path = tmp_path / "example.toml"
+    path.write_text(DOCS.read_text().partition("```toml\n")[2].partition("```")[0])
+    assert load(path).data.root == "../coco"
+
+
+def test_documented_mistakes_are_the_real_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("configs/det/example.toml")
+    path.parent.mkdir(parents=True)
+    path.write_text('data.root = "coco"\noptim.epochs = 0\n')
+    with pytest.raises(SettingsError) as caught:
+        load(path, "optim.learning_rate=0.1", "data.keep_empty=yes")
+    assert f"```text\n{caught.value}\n```" in DOCS.read_text()
+
+
+def test_documented_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(DOCS.read_text().partition("```python\n")[2].partition("```")[0], {})
+    assert load(tmp_path / "example.toml").optim.epochs == 24
+
+
+def test_settings_can_be_made_in_python() -> None:
+    settings = DetectionSettings(data=CocoDataSettings(sample=SampleSettings(num_train=4)))
+    assert settings.data.sample == SampleSettings(num_train=4, num_val=60, seed=0)
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        CocoDataSettings(root="coco", batchsize=3)  # type: ignore[call-arg]

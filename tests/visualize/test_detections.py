@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from resnest_det.visualize import class_colour, compare_detections, contact_sheet, draw_boxes
+
+NAMES = {1: "disc", 2: "square", 3: "a name that is far too long for its box"}
+GREY = np.full((60, 80, 3), 128, dtype=np.uint8)
+BOX = np.array([[20.0, 25.0, 60.0, 50.0]])
+
+
+def has_colour(picture: np.ndarray, label: int) -> np.ndarray:
+    return (picture == class_colour(label)).all(axis=-1)
+
+
+def num_text_pixels(picture: np.ndarray) -> int:
+    """On a grey image nothing but the names' letters is white or nearly black."""
+    return np.count_nonzero((picture == 255).all(axis=-1) | (picture == 16).all(axis=-1))
+
+
+def test_colours_are_stable_and_all_different() -> None:
+    colours = [class_colour(label) for label in range(200)]
+    assert colours == [class_colour(label) for label in range(200)]
+    assert len(set(colours)) == 200
+    neighbours = np.abs(np.diff(np.array(colours), axis=0)).sum(axis=1)
+    assert neighbours.min() > 120
+
+
+def test_box_is_drawn_where_it_is() -> None:
+    picture = draw_boxes(GREY, BOX, np.array([1]), NAMES, scale=4)
+    assert picture.shape == (240, 320, 3)
+    assert picture.dtype == np.uint8
+    coloured = has_colour(picture, 1)
+    assert coloured[150, 80]  # the left side, x = 4 * 20
+    assert coloured[150, 240]
+    assert coloured[200, 160]  # the bottom, y = 4 * 50
+    assert not coloured[150, 100:220].any()
+    assert (picture[150, 160] == 128).all()
+
+
+def test_small_images_are_enlarged_and_large_ones_are_not() -> None:
+    nothing = np.zeros((0, 4)), np.zeros(0, dtype=np.int64)
+    assert draw_boxes(GREY, *nothing, NAMES).shape == (360, 480, 3)
+    assert draw_boxes(np.zeros((700, 500, 3), np.uint8), *nothing, NAMES).shape == (700, 500, 3)
+    assert draw_boxes(np.zeros((1, 1, 3), np.uint8), *nothing, NAMES).shape == (480, 480, 3)
+
+
+def test_no_boxes_leave_the_image_as_it_is() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(draw_boxes(image, np.zeros((0, 4)), np.zeros(0), NAMES, scale=1), image)
+    np.testing.assert_array_equal(draw_boxes(image, torch.zeros(0), torch.zeros(0), NAMES, scale=1), image)
+
+
+def test_tensor_and_array_give_the_same_picture_and_stay_untouched() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    before = image.copy()
+    arrays = draw_boxes(image, BOX, np.array([2]), NAMES, np.array([0.5]))
+    tensors = draw_boxes(
+        torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(BOX), torch.tensor([2]), NAMES, torch.tensor([0.5])
+    )
+    np.testing.assert_array_equal(arrays, tensors)
+    np.testing.assert_array_equal(image, before)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(0, 0, 80, 60), (-30, -30, 20, 20), (70, 50, 200, 90), (200, 200, 300, 300), (79, 59, 80, 60), (40, 30, 40, 30)],
+)
+def test_name_stays_inside_the_picture(box: tuple[float, ...]) -> None:
+    whole = num_text_pixels(draw_boxes(GREY, BOX, np.array([1]), NAMES))
+    assert whole > 10
+    picture = draw_boxes(GREY, np.array([box], dtype=np.float32), np.array([1]), NAMES)
+    assert num_text_pixels(picture) == whole
+
+
+def test_name_wider_than_the_picture() -> None:
+    assert draw_boxes(GREY, BOX, np.array([3]), NAMES, scale=1).shape == GREY.shape
+
+
+def test_score_is_written() -> None:
+    without = draw_boxes(GREY, BOX, np.array([1]), NAMES)
+    low = draw_boxes(GREY, BOX, np.array([1]), NAMES, np.array([0.12]))
+    high = draw_boxes(GREY, BOX, np.array([1]), NAMES, np.array([0.98]))
+    assert not np.array_equal(low, without)
+    assert not np.array_equal(low, high)
+
+
+def test_box_of_high_score_is_drawn_on_top() -> None:
+    boxes, labels = np.repeat(BOX, 2, axis=0), np.array([1, 2])
+    for scores, top in (([0.9, 0.2], 1), ([0.2, 0.9], 2)):
+        picture = draw_boxes(GREY, boxes, labels, NAMES, np.array(scores), scale=4)
+        assert has_colour(picture, top)[150, 80]
+
+
+def test_names_of_equal_boxes_do_not_cover_each_other() -> None:
+    singly = sum(num_text_pixels(draw_boxes(GREY, BOX, np.array([label]), NAMES)) for label in (1, 2))
+    both = draw_boxes(GREY, np.repeat(BOX, 2, axis=0), np.array([1, 2]), NAMES)
+    assert num_text_pixels(both) == singly
+
+
+def test_crowd_is_dashed() -> None:
+    def share_of_left_side(crowd: bool) -> float:
+        picture = draw_boxes(GREY, BOX, np.array([1]), NAMES, iscrowd=np.array([crowd]), scale=6)
+        return has_colour(picture, 1)[155:295, 121].mean()
+
+    assert share_of_left_side(False) == 1
+    assert 0.3 < share_of_left_side(True) < 0.7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": GREY.astype(np.float32)}, r"image is of float32, expected uint8"),
+        ({"image": GREY[..., :1]}, r"shape \(60, 80, 1\), expected \(H, W, 3\) for an array"),
+        ({"image": GREY[..., 0]}, r"shape \(60, 80\), expected \(H, W, 3\) for an array"),
+        (
+            {"image": torch.zeros(60, 80, 3, dtype=torch.uint8)},
+            r"shape \(60, 80, 3\), expected \(3, H, W\) for a tensor",
+        ),
+        ({"image": GREY[:0]}, r"shape \(0, 80, 3\), .*not empty"),
+        ({"boxes_xyxy": BOX[0]}, r"boxes_xyxy has shape \(4,\), expected \(N, 4\)"),
+        ({"boxes_xyxy": BOX[:, :3]}, r"boxes_xyxy has shape \(1, 3\), expected \(N, 4\)"),
+        ({"boxes_xyxy": np.array([[0, 0, np.nan, np.inf]])}, r"boxes_xyxy holds 2 values that are not finite"),
+        ({"labels": np.array([1, 2])}, r"labels has shape \(2,\), expected \(1,\)"),
+        ({"labels": np.array([7])}, r"label 7 has no name in class_names, which begins: 1 disc, 2 square"),
+        ({"scores": np.zeros((1, 1))}, r"scores has shape \(1, 1\), expected \(1,\)"),
+        ({"iscrowd": np.zeros(0)}, r"iscrowd has shape \(0,\), expected \(1,\)"),
+        ({"scale": 0}, r"scale is 0, expected a whole number from 1"),
+    ],
+)
+def test_wrong_input(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"image": GREY, "boxes_xyxy": BOX, "labels": np.array([1]), "class_names": NAMES}
+    with pytest.raises(ValueError, match=message):
+        draw_boxes(**(arguments | change))
+
+
+def test_contact_sheet_holds_every_picture() -> None:
+    colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (200, 200, 0)]]
+    sizes = [[(30, 40), (30, 40)], [(60, 20), (10, 20)]]
+    rows = [
+        [np.broadcast_to(np.uint8(colour), (*size, 3)) for colour, size in zip(*row, strict=True)]
+        for row in zip(colours, sizes, strict=True)
+    ]
+    sheet = contact_sheet(rows, column_titles=("left", "right"))
+    for row_colours, row_sizes in zip(colours, sizes, strict=True):
+        for colour, (height, width) in zip(row_colours, row_sizes, strict=True):
+            assert np.count_nonzero((sheet == colour).all(axis=-1)) == height * width
+    assert (sheet[0] == 255).all()
+    assert (sheet[:, 0] == 255).all()
+
+    captioned = contact_sheet(rows, column_titles=("left", "right"), row_titles=("one", "two"))
+    assert captioned.shape[0] > sheet.shape[0]
+
+
+def test_contact_sheet_refuses() -> None:
+    with pytest.raises(ValueError, match=r"rows is empty"):
+        contact_sheet([], column_titles=("left",))
+    with pytest.raises(ValueError, match=r"row 1 has 1 pictures, expected 2.*\['left', 'right'\]"):
+        contact_sheet([[GREY, GREY], [GREY]], column_titles=("left", "right"))
+    with pytest.raises(ValueError, match=r"row_titles has 2 titles for 1 rows"):
+        contact_sheet([[GREY]], column_titles=("left",), row_titles=("one", "two"))
+
+
+def test_compare_detections_draws_truth_left_and_prediction_right() -> None:
+    image = torch.from_numpy(GREY).permute(2, 0, 1)
+    target = {"boxes": torch.from_numpy(BOX), "labels": torch.tensor([1]), "iscrowd": torch.tensor([False])}
+    prediction = {
+        "boxes": torch.from_numpy(np.repeat(BOX, 2, axis=0)),
+        "labels": torch.tensor([2, 3]),
+        "scores": torch.tensor([0.8, 0.3], requires_grad=True),
+    }
+    sheet = compare_detections([image], [target], [prediction], NAMES, names=["grey.jpg"])
+    middle = sheet.shape[1] // 2
+    assert has_colour(sheet[:, :middle], 1).any()
+    assert not has_colour(sheet[:, middle:], 1).any()
+    assert has_colour(sheet[:, middle:], 2).any()
+    assert not has_colour(sheet, 3).any()  # its score is below one half
+    assert has_colour(compare_detections([image], [target], [prediction], NAMES, min_score=0.2), 3).any()
+
+
+def test_compare_detections_needs_as_many_of_each() -> None:
+    with pytest.raises(ValueError, match=r"1 images, 0 targets and 0 predictions"):
+        compare_detections([GREY], [], [], NAMES)
