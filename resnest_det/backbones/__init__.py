@@ -1,7 +1,7 @@
 """Networks by name, their weights, and their stages as features."""
 
 from resnest_det.backbones.resnet import BasicBlock, Bottleneck, ResNet, Stage
-from resnest_det.backbones.stages import StageExtractor, fpn_backbone, freeze_stages, stage_extractor
+from resnest_det.backbones.stages import STAGES, StageExtractor, fpn_backbone, freeze_stages, stage_extractor
 from resnest_det.backbones.variants import (
     VARIANTS,
     create_backbone,
@@ -30,6 +30,7 @@ from resnest_det.backbones.variants import (
 from resnest_det.backbones.weights import load_weights
 
 __all__ = [
+    "STAGES",
     "VARIANTS",
     "BasicBlock",
     "Bottleneck",

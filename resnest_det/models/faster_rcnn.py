@@ -16,7 +16,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 
-from resnest_det.backbones import fpn_backbone
+from resnest_det.backbones import STAGES, fpn_backbone
 from resnest_det.layers import NormName, norm_layer
 
 BoxHead = Literal["2fc", "4conv1fc"]
@@ -96,6 +96,11 @@ def faster_rcnn(
         raise ValueError(f"box_head_norm={box_head_norm!r} needs box_head='4conv1fc': '2fc' has no convolutions")
     if not hasattr(backbone, "out_channels"):
         backbone = fpn_backbone(backbone, trainable_stages=trainable_stages, out_channels=fpn_channels, norm=fpn_norm)
+        num_levels = len(STAGES) + 1
+        if len(anchor_sizes) != num_levels:
+            raise ValueError(
+                f"anchor_sizes has {len(anchor_sizes)} sizes and the pyramid has {num_levels} levels: give one a level"
+            )
     elif (trainable_stages, fpn_channels, fpn_norm) != (5, 256, None):
         raise ValueError(
             "trainable_stages, fpn_channels and fpn_norm are for a backbone without a pyramid; this one has "

@@ -1,0 +1,272 @@
+"""train_det.py end to end, as a user runs it: on a tiny generated set, and with each mistake it must explain."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train_det
+from resnest_det.config import DetectionSettings, load_settings
+from resnest_det.data.sample import write_sample_dataset
+from resnest_det.engine import load_checkpoint, read_metrics
+
+REPOSITORY = Path(__file__).parents[1]
+TWELVE = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    write_sample_dataset(folder, num_train=12, num_val=4)
+    return folder
+
+
+@pytest.fixture
+def config(sample: Path, tmp_path: Path) -> Path:
+    """A configuration of a few seconds."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        f"""
+        [run]
+        dir = "{tmp_path / "run"}"
+        num_pictures = 2
+        [data]
+        root = "{sample}"
+        train = {{ images = "train", annotations = "annotations/instances_train.json" }}
+        val = {{ images = "val", annotations = "annotations/instances_val.json" }}
+        batch_size = 4
+        num_workers = 0
+        short_sides = [64]
+        max_side = 96
+        [model]
+        backbone = "resnet18"
+        drop_path = 0.2
+        fpn_channels = 16
+        box_head_channels = 16
+        anchor_sizes = [8, 16, 32, 64, 128]
+        min_size = 64
+        max_size = 96
+        rpn_proposals_train = 50
+        rpn_proposals_eval = 20
+        roi_batch_size = 16
+        score_threshold = 0.0
+        [optim]
+        lr = 0.01
+        warmup_steps = 2
+        epochs = 3
+        """
+    )
+    return path
+
+
+def explained(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the script prints about a mistake, having exited with 2."""
+    assert train_det.main([str(argument) for argument in arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    return message
+
+
+def test_trains_evaluates_draws_and_measures_again(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train_det.main([str(config)]) == 0
+    printed = capsys.readouterr().out
+    assert "epoch 3/3" in printed
+    assert re.search(r"1 disc +[-0-9.]+", printed)
+    assert sorted(file.name for file in run.iterdir()) == [
+        "best.pt",
+        "config.toml",
+        "last.pt",
+        "metrics.jsonl",
+        "predictions.png",
+    ]
+    with Image.open(run / "predictions.png") as picture:
+        assert picture.width > 200
+    evaluations = [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"]
+    assert [record["epoch"] for record in evaluations] == [1, 2, 3]
+    assert all(name in evaluations[0] for name in TWELVE)
+    assert load_settings(DetectionSettings, run / "config.toml").model.backbone == "resnet18"
+    assert load_checkpoint(run / "best.pt")["class_names"][1] == "disc"
+
+    table = printed[printed.index("      AP") : printed.index("pictures:")]
+    assert train_det.main(["--eval-only", str(run)]) == 0
+    assert table in capsys.readouterr().out
+    # A second run never touches the first.
+    assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
+    assert (tmp_path / "run-2" / "best.pt").exists()
+
+
+def test_a_resumed_run_equals_an_unbroken_one(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_det.main([str(config), "data.num_workers=2"]) == 0
+    whole = load_checkpoint(tmp_path / "run" / "last.pt")
+
+    real_evaluate = train_det.evaluate
+    calls = []
+
+    def evaluate_then_die(*arguments: object, **options: object) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real_evaluate(*arguments, **options)
+
+    monkeypatch.setattr(train_det, "evaluate", evaluate_then_die)
+    broken = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        train_det.main([str(config), f"run.dir={broken}"])
+    monkeypatch.setattr(train_det, "evaluate", real_evaluate)
+    assert load_checkpoint(broken / "last.pt")["epoch"] == 2
+    capsys.readouterr()
+    assert train_det.main(["--resume", str(broken)]) == 0
+    assert "resumed after epoch 2 of 3" in capsys.readouterr().out
+    resumed = load_checkpoint(broken / "last.pt")
+    for key, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][key]), key
+    assert whole["results"] == resumed["results"]
+
+
+def test_resume_with_other_settings(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
+    message = explained(capsys, "--resume", tmp_path / "run", "optim.lr=0.5")
+    assert "optim.lr: the run has 0.01, given is 0.5" in message
+
+
+def test_wrong_number_of_classes_for_a_checkpoint(
+    config: Path, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
+    content = json.loads((sample / "annotations" / "instances_val.json").read_text())
+    content["categories"].append({"id": 50, "name": "moon", "supercategory": "shape"})
+    other = tmp_path / "val.json"
+    other.write_text(json.dumps(content))
+    message = explained(capsys, "--eval-only", tmp_path / "run", f"data.val.annotations={other}")
+    assert "cls_score.weight (7x16 in the file, 8x16 in the network)" in message
+    assert "Only the classifier differs: build the network with the file's number of classes" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.backbone=resnst50", "backbone 'resnst50' is unknown; did you mean 'resnest50'"),
+        ("data.root=/nowhere", "/nowhere"),
+        ("optim.learning_rate=1", "did you mean optim.lr?"),
+        ("optim.warmup_steps=1000", "warmup_steps=1000 must be fewer than the run's 9 steps"),
+        ("run.device=cuda:99", "device 'cuda:99' is not on this machine"),
+        ("run.device=gpu", "device 'gpu' is not a device; use auto, cpu, cuda"),
+        ("model.weights=none.pth", "no weights at none.pth"),
+    ],
+)
+def test_mistakes_are_explained_before_training(
+    override: str, message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in explained(capsys, config, override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_categories_in_the_validation_set(
+    config: Path, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((sample / "annotations" / "instances_val.json").read_text())
+    content["categories"][0]["name"] = "moon"
+    other = tmp_path / "val.json"
+    other.write_text(json.dumps(content))
+    assert "have other categories" in explained(capsys, config, f"data.val.annotations={other}")
+
+
+def copied(sample: Path, folder: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(sample, folder))
+
+
+def test_a_truncated_image_is_named_or_skipped(
+    config: Path, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = copied(sample, tmp_path / "damaged")
+    image = min((data / "train").iterdir())
+    image.write_bytes(image.read_bytes()[:500])
+    short = ["optim.epochs=1", "optim.warmup_steps=1", f"data.root={data}"]
+    message = explained(capsys, config, *short, "data.num_workers=1")
+    assert image.name in message
+    with pytest.warns(UserWarning, match=f"skipped: .*{image.name}"):
+        assert train_det.main([str(config), *short, "data.on_unreadable=skip", f"run.dir={tmp_path / 'skip'}"]) == 0
+    assert f"skipped, unreadable: {image.name}" in capsys.readouterr().out
+
+
+def test_torchrun_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "training on several processes is not built yet" in explained(capsys, config)
+
+
+def test_settings_without_effect_are_named(config: Path) -> None:
+    with pytest.warns(UserWarning, match="optim.final_lr_factor has no effect with optim.schedule=multistep"):
+        train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1", "optim.final_lr_factor=0.1"])
+
+
+def test_as_a_program(config: Path, tmp_path: Path) -> None:
+    """Exit status and streams, with the shell's view of them."""
+    script = [sys.executable, str(REPOSITORY / "train_det.py")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    bad = subprocess.run([*script, "nothing.toml"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("error: there is no config file nothing.toml")
+    shown = subprocess.run(
+        [*script, str(config), "--print-config"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert shown.returncode == 0
+    assert 'backbone = "resnet18"' in shown.stdout
+
+
+# --- the shipped configurations
+
+CONFIGS = sorted((REPOSITORY / "configs" / "det").glob("*.toml"))
+
+
+def test_number_of_configurations() -> None:
+    assert len(CONFIGS) == 5
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_builds(path: Path) -> None:
+    from resnest_det.build import build_detector, build_optimizer
+
+    settings = load_settings(DetectionSettings, path, ["data.root=x", "run.device=cpu"])
+    with torch.device("meta"):
+        model = build_detector(settings.model, 4, load_weights=False)
+    build_optimizer(settings.optim, model, steps_per_epoch=100)
+    header = path.read_text().split("\n\n")[0]
+    assert all(word in header for word in ("# Command:", "# Data:", "# Duration:", "# Expected:"))
+    assert f"configs/det/{path.name}" in header or path.stem == "sample"
+
+
+# --- real data, where it is at hand
+
+
+@pytest.mark.slow
+def test_coco_tiny(real_data: Callable[[str], Path], tmp_path: Path) -> None:
+    """Crowds, run-length masks, grey images and all 80 categories: two epochs of resnest50 at 320 pixels."""
+    arguments = [
+        str(REPOSITORY / "configs" / "det" / "faster_rcnn_resnest50_1x.toml"),
+        f"data.root={real_data('coco_tiny')}",
+        f"run.dir={tmp_path / 'run'}",
+        *("model.weights=", "model.trainable_stages=5", "data.batch_size=2", "data.short_sides=[320]"),
+        *("data.max_side=480", "model.min_size=320", "model.max_size=480", "optim.epochs=2"),
+        *("optim.warmup_steps=20", "data.num_workers=2"),
+    ]
+    assert train_det.main(arguments) == 0
+    evaluations = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval"]
+    assert len(evaluations) == 2
+    assert all(0 <= evaluations[1][name] <= 1 for name in TWELVE)
