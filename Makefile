@@ -22,7 +22,7 @@ check: $(READY)  ## style, types, architecture
 	$(BIN)/lint-imports
 
 bench: $(READY)  ## the figures of docs/benchmarks.md that a few minutes can measure
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.coco_parsing
 
 setup: $(READY)  ## only install
 

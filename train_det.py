@@ -22,7 +22,7 @@ from torch import nn
 from resnest_det.backbones import load_weights
 from resnest_det.build import build_detector, build_optimizer, build_train_set, build_val_set
 from resnest_det.config import Command, DetectionSettings, ineffective_settings, parse_command_line, write_settings
-from resnest_det.data import CocoDetection, eval_loader, train_loader
+from resnest_det.data import CocoDetection, error_message, eval_loader, train_loader
 from resnest_det.distributed import images_to_device, select_device
 from resnest_det.engine import fit, load_checkpoint, new_run_folder
 from resnest_det.evaluation import CocoMeanAveragePrecision, evaluate
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             train(command)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_message(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -46,8 +46,8 @@ def _add_sample(commands: SubParsers) -> None:
         description="Write the small generated data set, in COCO's and in ADE20K's layout.",
     )
     parser.add_argument("folder", metavar="DIR", help="a folder that is new or empty, or holds this very set")
-    parser.add_argument("--train", type=int, default=200, metavar="N", help="training images (%(default)s)")
-    parser.add_argument("--val", type=int, default=40, metavar="N", help="validation images (%(default)s)")
+    parser.add_argument("--train", type=int, default=400, metavar="N", help="training images (%(default)s)")
+    parser.add_argument("--val", type=int, default=60, metavar="N", help="validation images (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="random seed (%(default)s)")
     parser.set_defaults(run=_run_sample)
 

@@ -53,7 +53,7 @@ class RunSettings(Section):
 class SampleSettings(Section):
     """The generated data set, made on first use."""
 
-    num_train: int = Field(200, ge=1, description="Training images generated.")
+    num_train: int = Field(400, ge=1, description="Training images generated.")
     num_val: int = Field(60, ge=1, description="Validation images generated.")
     seed: int = Field(0, ge=0, description="Seed of the generated scenes; the same seed gives the same bytes.")
 

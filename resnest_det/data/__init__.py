@@ -2,6 +2,6 @@
 
 from resnest_det.data.augment import DetectionAugmentation
 from resnest_det.data.coco import CocoDetection
-from resnest_det.data.loaders import eval_loader, train_loader
+from resnest_det.data.loaders import error_message, eval_loader, train_loader
 
-__all__ = ["CocoDetection", "DetectionAugmentation", "eval_loader", "train_loader"]
+__all__ = ["CocoDetection", "DetectionAugmentation", "error_message", "eval_loader", "train_loader"]

@@ -442,7 +442,7 @@ def _check_content(path: Path, content: _Content) -> None:
 
 
 def _leaves_folder(name: str) -> bool:
-    return posixpath.isabs(name) or (".." in name and posixpath.normpath(name).startswith(".."))
+    return posixpath.isabs(name) or (".." in name and posixpath.normpath(name).split("/")[0] == "..")
 
 
 def _check_images_exist(folder: Path, file_names: Sequence[str]) -> None:

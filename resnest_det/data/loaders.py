@@ -200,6 +200,17 @@ def eval_loader(dataset: CocoDetection, *, batch_size: int, num_workers: int) ->
     return DataLoader(_NamedSamples(dataset), sampler=sampler, batch_size=batch_size, **_worker_settings(num_workers))
 
 
+def error_message(error: BaseException) -> str:
+    """An error's message, without the traceback that DataLoader puts around one that a worker raised."""
+    _, marker, trace = str(error).rpartition("Traceback (most recent call last):\n")
+    if not marker:
+        return str(error)
+    # Frames are indented; the error follows them, as "module.Name: message" over one or more lines.
+    lines = trace.splitlines()
+    first = next((index for index, line in enumerate(lines) if not line.startswith(" ")), 0)
+    return "\n".join(lines[first:]).partition(": ")[2] or lines[first]
+
+
 class _NamedSamples(Dataset[NamedSample | None]):
     """The data set as loaders see it: asked with a draw's seed, answering with the file's name."""
 
