@@ -8,8 +8,10 @@ python train_det.py --eval-only runs/bccd                  measure its best chec
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -20,11 +22,11 @@ from PIL import Image
 from torch import nn
 
 from resnest_det.backbones import load_weights
-from resnest_det.build import build_detector, build_optimizer, build_train_set, build_val_set
+from resnest_det.build import build_detector, build_optimizer, build_train_set, build_val_set, check_batch_size
 from resnest_det.config import Command, DetectionSettings, ineffective_settings, parse_command_line, write_settings
 from resnest_det.data import CocoDetection, error_message, eval_loader, train_loader
 from resnest_det.distributed import images_to_device, select_device
-from resnest_det.engine import fit, load_checkpoint, new_run_folder
+from resnest_det.engine import check_class_names, fit, load_checkpoint, new_run_folder
 from resnest_det.evaluation import CocoMeanAveragePrecision, evaluate
 from resnest_det.visualize import compare_detections
 
@@ -67,7 +69,7 @@ def train(command: Command[DetectionSettings]) -> None:
             f"the training and the validation set have other categories: {train_set.class_names} and "
             f"{val_set.class_names}; give both files the same list of categories"
         )
-    print(f"train: {train_set.summary()}\nval: {val_set.summary()}")
+    print(f"settings: {command.config_path}\ntrain: {train_set.summary()}\nval: {val_set.summary()}")
     batches = train_loader(
         train_set,
         batch_size=settings.data.batch_size,
@@ -76,10 +78,13 @@ def train(command: Command[DetectionSettings]) -> None:
         group_by_aspect=settings.data.group_by_aspect,
     )
     model = build_detector(settings.model, train_set.num_classes, load_weights=not command.resume).to(device)
+    check_batch_size(model, min(settings.data.batch_size, len(train_set)))
     optimizer, scheduler = build_optimizer(settings.optim, model, len(batches))
     metric = CocoMeanAveragePrecision(val_set.class_names)
     val_batches = eval_loader(val_set, batch_size=settings.data.eval_batch_size, num_workers=settings.data.num_workers)
 
+    if command.resume:
+        check_class_names(command.resume / "last.pt", train_set.class_names)
     folder = command.resume or new_run_folder(Path(settings.run.dir))
     write_settings(settings, folder / "config.toml")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -88,29 +93,33 @@ def train(command: Command[DetectionSettings]) -> None:
         f"{settings.optim.epochs} epochs of {len(batches)} steps on {device}; run folder {folder}",
         flush=True,
     )
-    fit(
-        model,
-        batches,
-        optimizer,
-        scheduler,
-        epochs=settings.optim.epochs,
-        device=device,
-        run_folder=folder,
-        evaluate=partial(evaluate, model, val_batches, metric, device=device),
-        best_metric="AP",
-        evaluate_every=settings.eval.every,
-        clip_norm=settings.optim.clip_norm,
-        resume=command.resume is not None,
-        extra={"class_names": train_set.class_names},
-    )
+    try:
+        fit(
+            model,
+            batches,
+            optimizer,
+            scheduler,
+            epochs=settings.optim.epochs,
+            device=device,
+            run_folder=folder,
+            evaluate=partial(evaluate, model, val_batches, metric, device=device),
+            best_metric="AP",
+            evaluate_every=settings.eval.every,
+            clip_norm=settings.optim.clip_norm,
+            resume=command.resume is not None,
+            extra={"class_names": train_set.class_names},
+        )
+    except Exception:
+        (folder / "error.txt").write_text(traceback.format_exc())  # main prints the message alone
+        raise
 
     best = load_checkpoint(folder / "best.pt")
     if command.resume or best["epoch"] < settings.optim.epochs:
         model.load_state_dict(best["model"])
         evaluate(model, val_batches, metric, device=device)
     print(f"best checkpoint, after epoch {best['epoch']}:\n{metric.table()}")
-    draw(model, val_set, folder / "predictions.png", settings.run.num_pictures, device)
     report_skipped(train_set, val_set)
+    draw(model, val_set, folder / "predictions.png", settings.run.num_pictures, device)
 
 
 def evaluate_only(command: Command[DetectionSettings], checkpoint: Path) -> None:
@@ -121,16 +130,21 @@ def evaluate_only(command: Command[DetectionSettings], checkpoint: Path) -> None
     model = build_detector(settings.model, val_set.num_classes, load_weights=False)
     file = checkpoint / "best.pt" if checkpoint.is_dir() else checkpoint
     load_weights(model, file)
+    check_class_names(file, val_set.class_names)
     model.to(device)
     print(f"{file}\nval: {val_set.summary()}", flush=True)
     metric = CocoMeanAveragePrecision(val_set.class_names)
     val_batches = eval_loader(val_set, batch_size=settings.data.eval_batch_size, num_workers=settings.data.num_workers)
-    evaluate(model, val_batches, metric, device=device)
+    results = evaluate(model, val_batches, metric, device=device)
     print(metric.table())
-    folder = Path(settings.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw(model, val_set, folder / "predictions.png", settings.run.num_pictures, device)
     report_skipped(val_set)
+    # A run's own folder takes what is measured of it; a file from elsewhere gets a folder of its own.
+    own_folder = Path(settings.run.dir) == file.parent
+    folder = file.parent if own_folder else new_run_folder(Path(settings.run.dir))
+    # Named after the set, so that measuring another one replaces nothing.
+    name = Path(settings.data.val.annotations).stem
+    (folder / f"results_{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    draw(model, val_set, folder / f"predictions_{name}.png", settings.run.num_pictures, device)
 
 
 def draw(model: nn.Module, dataset: CocoDetection, path: Path, num_pictures: int, device: torch.device) -> None:
@@ -150,9 +164,11 @@ def draw(model: nn.Module, dataset: CocoDetection, path: Path, num_pictures: int
 
 
 def report_skipped(*datasets: CocoDetection) -> None:
-    """Say which images could not be read, where skipping them was asked for."""
-    for name in [name for dataset in datasets for name in dataset.skipped]:
-        print(f"skipped, unreadable: {name}")
+    """Say how many images could not be read, where skipping them was asked for: they are in no figure."""
+    for dataset in datasets:
+        if names := dataset.skipped:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            print(f"{len(names)} of {len(dataset)} images were unreadable and skipped: {shown}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from resnest_det.data.augment import DetectionAugmentation
 from resnest_det.data.coco import CocoDetection
 from resnest_det.data.sample import SAMPLE_VERSION, default_cache_folder, ensure_sample_dataset
 from resnest_det.engine import create_optimizer, create_schedule
-from resnest_det.layers import NormName
+from resnest_det.layers import NormName, SplitAttentionConv2d
 from resnest_det.models import faster_rcnn
 
 
@@ -85,6 +85,20 @@ def build_detector(settings: DetectorSettings, num_classes: int, *, load_weights
         nms_threshold=settings.nms_threshold,
         detections_per_image=settings.detections_per_image,
     )
+
+
+def check_batch_size(model: nn.Module, num_images: int) -> None:
+    """Refuse training steps of one image where a norm of the model's attention needs several.
+
+    Raises:
+        ValueError: `num_images` is 1 and the model has split attention with BatchNorm that trains.
+    """
+    attention = [module for module in model.modules() if isinstance(module, SplitAttentionConv2d)]
+    if num_images == 1 and any(module.needs_several_images() for module in attention):
+        raise ValueError(
+            "split attention normalises pooled features over the images of a step, and data.batch_size or the "
+            "training set gives 1: use data.batch_size=2 or more, or model.norm=frozen_bn or gn"
+        )
 
 
 def build_optimizer(settings: OptimSettings, model: nn.Module, steps_per_epoch: int) -> tuple[Optimizer, LRScheduler]:

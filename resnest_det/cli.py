@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from resnest_det import __version__
+from resnest_det.data.sample import ensure_sample_dataset, read_sample_summary
 
 if TYPE_CHECKING:
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -53,9 +54,6 @@ def _add_sample(commands: SubParsers) -> None:
 
 
 def _run_sample(arguments: argparse.Namespace) -> None:
-    # Imported here, because a command should wait for no more libraries than it uses.
-    from resnest_det.data.sample import ensure_sample_dataset, read_sample_summary
-
     folder = ensure_sample_dataset(
         arguments.folder, num_train=arguments.train, num_val=arguments.val, seed=arguments.seed
     )

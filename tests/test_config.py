@@ -641,12 +641,6 @@ def test_documented_mistakes_are_the_real_message(tmp_path: Path, monkeypatch: p
     assert f"```text\n{caught.value}\n```" in DOCS.read_text()
 
 
-def test_documented_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    exec(DOCS.read_text().partition("```python\n")[2].partition("```")[0], {})
-    assert load(tmp_path / "example.toml").optim.epochs == 24
-
-
 def test_settings_can_be_made_in_python() -> None:
     settings = DetectionSettings(data=CocoDataSettings(sample=SampleSettings(num_train=4)))
     assert settings.data.sample == SampleSettings(num_train=4, num_val=60, seed=0)

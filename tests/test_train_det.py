@@ -103,6 +103,8 @@ def test_trains_evaluates_draws_and_measures_again(
     table = printed[printed.index("      AP") : printed.index("pictures:")]
     assert train_det.main(["--eval-only", str(run)]) == 0
     assert table in capsys.readouterr().out
+    assert (run / "predictions_instances_val.png").exists()
+    assert json.loads((run / "results_instances_val.json").read_text()) == load_checkpoint(run / "best.pt")["results"]
     # A second run never touches the first.
     assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
     assert (tmp_path / "run-2" / "best.pt").exists()
@@ -154,7 +156,7 @@ def test_wrong_number_of_classes_for_a_checkpoint(
     other.write_text(json.dumps(content))
     message = explained(capsys, "--eval-only", tmp_path / "run", f"data.val.annotations={other}")
     assert "cls_score.weight (7x16 in the file, 8x16 in the network)" in message
-    assert "Only the classifier differs: build the network with the file's number of classes" in message
+    assert "Only the classifier differs: the network must have the file's number of classes" in message
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_wrong_number_of_classes_for_a_checkpoint(
         ("optim.warmup_steps=1000", "warmup_steps=1000 must be fewer than the run's 9 steps"),
         ("run.device=cuda:99", "device 'cuda:99' is not on this machine"),
         ("run.device=gpu", "device 'gpu' is not a device; use auto, cpu, cuda"),
-        ("model.weights=none.pth", "no weights at none.pth"),
+        ("model.weights=none.pth", "no weights at none.pth: give a file's path, or the name 'imagenet'"),
     ],
 )
 def test_mistakes_are_explained_before_training(
@@ -174,6 +176,40 @@ def test_mistakes_are_explained_before_training(
 ) -> None:
     assert message in explained(capsys, config, override)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("norm", ["bn", "sync_bn"])
+def test_steps_of_one_image_are_refused_where_attention_needs_several(
+    norm: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = explained(capsys, config, "model.backbone=resnest14", f"model.norm={norm}", "data.batch_size=1")
+    assert "use data.batch_size=2 or more, or model.norm=frozen_bn or gn" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_on_data_of_another_size(
+    config: Path, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
+    data = copied(sample, tmp_path / "smaller")
+    path = data / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    gone = {image["id"] for image in content["images"][:6]}
+    content["images"] = content["images"][6:]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in gone]
+    path.write_text(json.dumps(content))
+    message = explained(capsys, "--resume", tmp_path / "run", f"data.root={data}")
+    assert "the run had 3 steps an epoch and the data now make 1" in message
+
+
+def test_weights_from_elsewhere_are_measured_in_a_folder_of_their_own(config: Path, tmp_path: Path) -> None:
+    assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
+    weights = tmp_path / "weights.pth"
+    torch.save(load_checkpoint(tmp_path / "run" / "best.pt")["model"], weights)
+    before = sorted(file.name for file in (tmp_path / "run").iterdir())
+    assert train_det.main([str(config), "--eval-only", str(weights)]) == 0
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == before
+    assert (tmp_path / "run-2" / "results_instances_val.json").exists()
 
 
 def test_other_categories_in_the_validation_set(
@@ -196,14 +232,20 @@ def test_a_truncated_image_is_named_or_skipped(
     config: Path, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = copied(sample, tmp_path / "damaged")
-    image = min((data / "train").iterdir())
+    image, val_image = (min((data / split).iterdir()) for split in ("train", "val"))
     image.write_bytes(image.read_bytes()[:500])
+    # Split attention and batches of 2: a batch that shrank to 1 could not train.
     short = ["optim.epochs=1", "optim.warmup_steps=1", f"data.root={data}"]
+    short += ["model.backbone=resnest14", "data.batch_size=2"]
     message = explained(capsys, config, *short, "data.num_workers=1")
     assert image.name in message
+    assert "Traceback" in (tmp_path / "run" / "error.txt").read_text()
+    val_image.write_bytes(val_image.read_bytes()[:500])
     with pytest.warns(UserWarning, match=f"skipped: .*{image.name}"):
         assert train_det.main([str(config), *short, "data.on_unreadable=skip", f"run.dir={tmp_path / 'skip'}"]) == 0
-    assert f"skipped, unreadable: {image.name}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"1 of 12 images were unreadable and skipped: {image.name}" in printed
+    assert f"1 of 4 images were unreadable and skipped: {val_image.name}" in printed
 
 
 def test_torchrun_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,6 +187,11 @@ class Stage(nn.Sequential):
         self.stride = stride
         self.checkpoint = checkpoint
 
+    def __getitem__(self, index: slice | int) -> Any:
+        """One block, or some in a plain Sequential: a part of a stage states no shape."""
+        blocks = list(self)[index]
+        return nn.Sequential(*blocks) if isinstance(blocks, list) else blocks
+
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks in order."""
         if not (self.checkpoint and self.training and torch.is_grad_enabled()):

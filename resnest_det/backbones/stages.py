@@ -34,11 +34,10 @@ class StageExtractor(IntermediateLayerGetter):
     """
 
     def __init__(self, net: nn.Module, stages: Sequence[str]) -> None:
-        for name in stages:
-            _checked_stage(net, name)
+        shapes = _stage_shapes(net, stages)
         super().__init__(net, {name: name for name in stages})
-        self.channels = {name: _checked_stage(net, name).channels for name in stages}
-        self.strides = {name: _checked_stage(net, name).stride for name in stages}
+        self.channels = {name: channels for name, (channels, _) in shapes.items()}
+        self.strides = {name: stride for name, (_, stride) in shapes.items()}
 
 
 def stage_extractor(net: nn.Module, stages: Sequence[str] = STAGES) -> StageExtractor:
@@ -85,7 +84,7 @@ def fpn_backbone(
     """
     if extra_level not in ("pool", "p6p7"):
         raise ValueError(f"extra_level={extra_level!r} must be 'pool' or 'p6p7'")
-    channels = [_checked_stage(net, name).channels for name in stages]
+    channels = [channels for channels, _ in _stage_shapes(net, stages).values()]
     freeze_stages(net, trainable_stages)
     return BackboneWithFPN(
         net,
@@ -139,17 +138,24 @@ def _frozen_norms(module: nn.Module) -> nn.Module:
     return module
 
 
-def _checked_stage(net: nn.Module, name: str) -> nn.Module:
+def _stage_shapes(net: nn.Module, stages: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Channels and stride of each stage by its name, checked to exist and to be in the order they run."""
     children = dict(net.named_children())
-    if name not in children:
-        nearest = difflib.get_close_matches(name, children, n=1, cutoff=0)
-        raise ValueError(
-            f"{type(net).__name__} has no stage {name!r}; did you mean {nearest}? Its children: {', '.join(children)}"
-        )
-    stage = children[name]
-    if not isinstance(getattr(stage, "channels", None), int) or not isinstance(getattr(stage, "stride", None), int):
-        raise ValueError(
-            f"{name!r} of {type(net).__name__} does not state its channels and stride: stages of create_backbone do; "
-            f"give a stage of your own the integer attributes `channels` and `stride`"
-        )
-    return stage
+    shapes = {}
+    for name in stages:
+        if name not in children:
+            (nearest,) = difflib.get_close_matches(name, children, n=1, cutoff=0) or [""]
+            raise ValueError(
+                f"{type(net).__name__} has no stage {name!r}; did you mean {nearest!r}? "
+                f"Its children: {', '.join(children)}"
+            )
+        channels, stride = getattr(children[name], "channels", None), getattr(children[name], "stride", None)
+        if not isinstance(channels, int) or not isinstance(stride, int):
+            raise ValueError(
+                f"{name!r} of {type(net).__name__} does not state its channels and stride: stages of create_backbone "
+                f"do; give a stage of your own the integer attributes `channels` and `stride`"
+            )
+        shapes[name] = channels, stride
+    if list(shapes) != [name for name in children if name in shapes]:
+        raise ValueError(f"stages={tuple(stages)} must be in the order they run, that of {', '.join(children)}")
+    return shapes

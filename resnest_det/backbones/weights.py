@@ -7,11 +7,11 @@ Loading is strict: a network that was loaded has every one of its tensors from t
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 import urllib.error
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,20 +78,20 @@ def load_weights(net: nn.Module, file: str | Path) -> None:
     own = net.state_dict()
     missing = sorted(_without_counters(own.keys() - state.keys()))
     extra = sorted(_without_counters(state.keys() - own.keys()))
-    reshaped = [
-        f"{key} ({_shape(state[key])} in the file, {_shape(own[key])} in the network)"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
+    reshaped = [key for key in own if key in state and state[key].shape != own[key].shape]
+    shapes = [f"{key} ({_shape(state[key])} in the file, {_shape(own[key])} in the network)" for key in reshaped]
     problems = [
         f"  {len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for kind, names in (("missing", missing), ("extra", extra), ("of another shape", reshaped))
+        for kind, names in (("missing", missing), ("extra", extra), ("of another shape", shapes))
         if names
     ]
     if problems:
         hint = ""
-        if not (missing or extra) and all(re.search(r"fc|cls_score|bbox_pred", name) for name in reshaped):
-            hint = "\nOnly the classifier differs: build the network with the file's number of classes."
+        if not (missing or extra) and all(_is_classifier(key, state[key], own[key]) for key in reshaped):
+            hint = (
+                "\nOnly the classifier differs: the network must have the file's number of classes, which for a "
+                "detector is that of the data set's categories and the background."
+            )
         raise ValueError(
             f"the tensors of {path} are not those of this {type(net).__name__}:\n" + "\n".join(problems) + hint
         )
@@ -103,24 +103,39 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no file of torch.save, it needs code to be read, or it holds no state dict.
+        ValueError: it is not plain data, or holds no state dict.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}: the path must be a file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a file of plain tensors (torch.save of a state dict): {str(error).splitlines()[0]}"
-        ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or no file of torch.save: {error}") from error
+        raise FileNotFoundError(f"no weights at {path}: give a file's path, or the name 'imagenet'")
+    content = read_plain(path)
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path} holds no state dict: a dict of tensors, or one under 'model' or 'state_dict'")
     return content
+
+
+def read_plain(path: Path) -> Any:
+    """What torch.save wrote to a file, on the CPU, if it is plain data: tensors, numbers, strings, lists and dicts.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is damaged, no file of torch.save, or would run code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # bytes that mean nothing fail in every way that a reader can fail in
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged, or not plain data written by torch.save: {reason}") from error
+
+
+def _is_classifier(key: str, in_file: Tensor, in_network: Tensor) -> bool:
+    """Whether a tensor belongs to a last layer, and only the number of its outputs differs."""
+    last = re.match(r"fc\.|(.*\.)?box_predictor\.(cls_score|bbox_pred)\.", key)
+    return last is not None and in_file.shape[1:] == in_network.shape[1:]
 
 
 def _download(url: str) -> Path:

@@ -24,10 +24,6 @@ from numpy.typing import NDArray
 # of the circle.
 _MAX_FACTOR, _MAX_HUE = 0.4, 0.1
 
-# A box that resizing leaves thinner than this many pixels is dropped. Less than the 1 px that the data set
-# asks for in the original image, so that rounding drops nothing where the image is not resized.
-_MIN_SIDE = 0.5
-
 
 class DetectionAugmentation:
     """Random colours, flips and size of an image, its boxes following.
@@ -87,9 +83,7 @@ class DetectionAugmentation:
             steps.append(A.NoOp())  # albumentations warns where no step could move a box
         # The format "albumentations" (fractions of the image) is the only one that is not rounded to float32
         # on its way through the pipeline.
-        boxes = A.BboxParams(
-            "albumentations", clip=True, filter_invalid_bboxes=True, min_width=_MIN_SIDE, min_height=_MIN_SIDE
-        )
+        boxes = A.BboxParams("albumentations", clip=True, filter_invalid_bboxes=True)
         self._pipeline = A.Compose(steps, bbox_params=boxes)
 
     def __call__(

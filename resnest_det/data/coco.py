@@ -54,13 +54,13 @@ class CocoDetection(Dataset[Sample]):
     """Images and boxes of a COCO instances file.
 
     `dataset[i]` is `(image, target)`: the image a uint8 RGB tensor (3, H, W), the target a dict of
-    `boxes` float32 (N, 4) xyxy in pixels, `labels` int64 (N,) in 1..K, `image_id` int, `area` float32 (N,),
+    `boxes` float32 (N, 4) xyxy in pixels, `labels` int64 (N,) in 1..K, `image_id` int, `area` float64 (N,),
     the annotations' own areas in pixels of the original image, and `iscrowd` bool (N,).
 
     With `train=True`, crowd regions are left out, boxes are clipped to their image, and those then less than
     1 px wide or high are dropped with a warning. An image that had annotations and lost them all is left out
-    too: it shows objects, so it is no true negative. With `train=False`, the ground truth is exactly the
-    file's, so that an evaluation equals pycocotools'.
+    too: it shows objects, so it is no true negative. With `train=False`, the ground truth is the
+    file's, nothing clipped and nothing dropped, so that an evaluation equals pycocotools'.
 
     Args:
         images: folder that the file names of the JSON are relative to.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import cv2
@@ -133,13 +135,17 @@ class EvaluationSampler(Sampler[int]):
         return iter(self._indices)
 
 
-def collate(samples: Sequence[NamedSample | None]) -> Batch:
+def collate(samples: Sequence[NamedSample | None], *, refill: bool = False) -> Batch:
     """Samples as lists of images, targets and file names; images differ in size, so nothing is stacked.
 
     Args:
         samples: None stands for an image that was skipped. A batch of nothing else becomes three empty lists.
+        refill: put others of the batch in the places of skipped ones, so that batches keep their size: BatchNorm
+            cannot train on what may be left.
     """
     read = [sample for sample in samples if sample is not None]
+    if refill and read:
+        read = list(itertools.islice(itertools.cycle(read), len(samples)))
     return [sample[0] for sample in read], [sample[1] for sample in read], [sample[2] for sample in read]
 
 
@@ -177,7 +183,12 @@ def train_loader(
         rank=current_rank(),
         world_size=current_world_size(),
     )
-    return DataLoader(_NamedSamples(dataset), batch_sampler=sampler, **_worker_settings(num_workers))
+    return DataLoader(
+        _NamedSamples(dataset),
+        batch_sampler=sampler,
+        collate_fn=partial(collate, refill=True),
+        **_worker_settings(num_workers),
+    )
 
 
 def eval_loader(dataset: CocoDetection, *, batch_size: int, num_workers: int) -> DataLoader[NamedSample | None]:
@@ -197,7 +208,13 @@ def eval_loader(dataset: CocoDetection, *, batch_size: int, num_workers: int) ->
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is below 1; a batch holds at least one image")
     sampler = EvaluationSampler(len(dataset), rank=current_rank(), world_size=current_world_size())
-    return DataLoader(_NamedSamples(dataset), sampler=sampler, batch_size=batch_size, **_worker_settings(num_workers))
+    return DataLoader(
+        _NamedSamples(dataset),
+        sampler=sampler,
+        batch_size=batch_size,
+        collate_fn=collate,
+        **_worker_settings(num_workers),
+    )
 
 
 def error_message(error: BaseException) -> str:
@@ -231,7 +248,6 @@ def _worker_settings(num_workers: int) -> dict[str, Any]:
         raise ValueError(f"num_workers={num_workers} is negative; use 0 to load in the main process")
     return {
         "num_workers": num_workers,
-        "collate_fn": collate,
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": num_workers > 0,
         "worker_init_fn": _limit_threads,

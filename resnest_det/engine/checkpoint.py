@@ -6,7 +6,6 @@ A checkpoint is plain data (tensors, numbers, strings, lists and dicts), so that
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from resnest_det.backbones.weights import read_plain
 
 _FORMAT = 1
 
@@ -47,15 +48,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: the file is damaged or something else.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    content = _read(path)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version (format {_FORMAT}): write it anew by training")
     return content
+
+
+def check_class_names(path: Path, class_names: dict[int, str]) -> None:
+    """Refuse a checkpoint whose classes are not `class_names`; one that does not name its classes passes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the checkpoint has other classes, or the same in another order, or it is damaged.
+    """
+    content = _read(path)
+    trained = content.get("class_names") if isinstance(content, dict) else None
+    if trained is not None and trained != class_names:
+        raise ValueError(
+            f"{path} was trained on other classes than the data set's: {trained} and {class_names}; "
+            f"labels would be taken for one another. Use the data set's own list of categories"
+        )
 
 
 def training_state(model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> dict[str, Any]:
@@ -86,3 +98,9 @@ def restore_training_state(
     torch.set_rng_state(content["rng"])
     if torch.cuda.is_available() and len(content["cuda_rng"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(content["cuda_rng"])
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: a run that ended in its first epoch has none; start it anew")
+    return read_plain(path)

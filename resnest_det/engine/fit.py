@@ -63,20 +63,27 @@ def fit(
     Raises:
         FloatingPointError: a loss or gradient is NaN or infinite; the message names the images of the batch. The
             checkpoints are of the epoch before.
-        ValueError: nothing to resume from, or a checkpoint of another model.
+        FileNotFoundError: there is no checkpoint to resume from.
+        ValueError: the checkpoint is damaged, or of another model or data set.
     """
     first_epoch, step, best, results, evaluated = 0, 0, -math.inf, {}, True
     if resume:
         state = load_checkpoint(run_folder / "last.pt")
+        if state["steps_per_epoch"] != len(loader):
+            raise ValueError(
+                f"the run had {state['steps_per_epoch']} steps an epoch and the data now make {len(loader)}: the data "
+                f"set is not the one that it was started with; resume with that, or start a new run"
+            )
         restore_training_state(state, model, optimizer, scheduler)
         first_epoch, step, best = state["epoch"], state["step"], state["best"]
         results, evaluated = state["results"], state["evaluated"]
         print(f"resumed after epoch {first_epoch} of {epochs}", flush=True)
-    journal = Journal(run_folder, keep_steps=step)
+    journal = Journal(run_folder, keep_steps=step, keep_evaluation=evaluated)
 
     def save(path: Path, *, epoch: int, evaluated: bool) -> None:
         content = training_state(model, optimizer, scheduler)
         progress = {"epoch": epoch, "step": step, "best": best, "results": results, "evaluated": evaluated}
+        progress["steps_per_epoch"] = len(loader)
         save_checkpoint(path, {**content, **progress, **(extra or {})})
 
     def evaluate_and_save(epoch: int) -> None:

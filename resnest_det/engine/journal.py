@@ -39,14 +39,21 @@ class Journal:
 
     Args:
         folder: the run folder.
-        log_every: steps between train lines in metrics.jsonl; each is the mean over the steps since the last.
+        log_every: steps between train lines in metrics.jsonl, and one more at an epoch's end; each has the means
+            over the steps since the last.
         keep_steps: lines beyond this step are dropped first: a resumed run writes them again. 0 starts anew.
+        keep_evaluation: whether the evaluation after that step is done, and its line to be kept.
     """
 
-    def __init__(self, folder: Path, *, log_every: int = 20, keep_steps: int = 0) -> None:
+    def __init__(self, folder: Path, *, log_every: int = 20, keep_steps: int = 0, keep_evaluation: bool = True) -> None:
         self.path = folder / "metrics.jsonl"
         self.log_every = log_every
-        kept = [record for record in read_metrics(self.path) if record["step"] <= keep_steps] if keep_steps else []
+        kept = [
+            record
+            for record in read_metrics(self.path)
+            if record["step"] < keep_steps
+            or (record["step"] == keep_steps > 0 and (keep_evaluation or record["kind"] != "eval"))
+        ]
         self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._sums: dict[str, float] = {}
         self._count = 0
@@ -89,7 +96,7 @@ class Journal:
         self._epoch_images += num_images
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{losses['loss']:.3f}", lr=f"{lr:.2g}", refresh=False)
-        if step % self.log_every == 0:
+        if step % self.log_every == 0 or epoch.is_integer():
             means = {name: value / self._count for name, value in self._sums.items()}
             self.write({"kind": "train", "epoch": epoch, "step": step, "lr": lr, **means})
             self._sums, self._count = {}, 0

@@ -78,6 +78,8 @@ def evaluate(
     try:
         with torch.inference_mode():
             for images, targets, *_ in bar:
+                if len(images) == 0:  # every image of the batch was unreadable, and skipped
+                    continue
                 predictions = network(images_to_device(images, device))
                 metric.update(to_device(predictions, torch.device("cpu")), targets)
     finally:

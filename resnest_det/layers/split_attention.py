@@ -16,6 +16,7 @@ What differs from the reference:
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from resnest_det.layers.norm import NormLayer
@@ -47,8 +48,8 @@ class SplitAttentionConv2d(nn.Module):
         the input (NCHW or channels_last) is the memory format of the output.
 
     Raises:
-        ValueError: radix or groups out of range, channels that do not divide, or, in the forward pass, one
-            image in training with BatchNorm, whose statistics over one value do not exist.
+        ValueError: radix or groups out of range, channels that do not divide; or, in the forward pass, one
+            image while bn1 trains as BatchNorm: over one value there are no statistics.
     """
 
     def __init__(
@@ -110,9 +111,15 @@ class SplitAttentionConv2d(nn.Module):
             out = out + splits[index] * weights[:, index]
         return out
 
+    def needs_several_images(self) -> bool:
+        """Whether bn1 takes its statistics from the images of this process's batch, so that one is too few."""
+        live = isinstance(self.bn1, nn.modules.batchnorm._BatchNorm) and self.bn1.training
+        shared = isinstance(self.bn1, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized()
+        return live and not shared
+
     def attention_logits(self, pooled: Tensor) -> Tensor:
         """The logits of the attention from the pooled splits: (N, radix * channels, 1, 1) to (N, radix, channels)."""
-        if self.training and len(pooled) == 1 and isinstance(self.bn1, nn.BatchNorm2d):
+        if len(pooled) == 1 and self.needs_several_images():
             raise ValueError(
                 "split attention normalises pooled features with BatchNorm, which cannot train on one image "
                 "(one value a channel); use 2 or more images a step and process, or norm='frozen_bn' or 'gn'"

@@ -55,9 +55,9 @@ def faster_rcnn(
     pixels of the image as given, `labels` (M,) and `scores` (M,), best first. It normalises and resizes by itself.
 
     Args:
-        backbone: a network of create_backbone, which gets a pyramid on layer1 to layer4; or a pyramid made already
-            (anything with `out_channels` that returns a dict of features), for which trainable_stages and the fpn
-            arguments are not allowed.
+        backbone: a network of create_backbone, which gets a pyramid on layer1 to layer4; or a pyramid made already,
+            as fpn_backbone makes it by default (`out_channels`, and features "0" to "3" and "pool"), for which
+            trainable_stages and the fpn arguments are not allowed.
         num_classes: number of classes with the background, which is label 0.
         trainable_stages: see fpn_backbone; 5 trains everything.
         fpn_channels: channels of the pyramid.
@@ -85,8 +85,8 @@ def faster_rcnn(
         ValueError: an argument is out of range or contradicts another.
 
     Note:
-        torchvision sets `eps` of the frozen norms to 0 when it loads its own COCO weights (their variances hold it
-        already). For outputs equal to the last digit, do the same after loading them.
+        torchvision's builder sets `eps` of the frozen norms to 0 with its COCO_V1 weights, which were trained so. For
+        its outputs, set it to 0 on each FrozenBatchNorm2d of the model after loading them.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes} must be 2 or more: the classes and the background")

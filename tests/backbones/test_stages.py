@@ -73,6 +73,8 @@ def test_a_network_of_ones_own() -> None:
 def test_unknown_stage() -> None:
     with pytest.raises(ValueError, match="ResNet has no stage 'layer5'; did you mean 'layer"):
         stage_extractor(create_backbone("resnet18"), ["layer5"])
+    with pytest.raises(ValueError, match=r"stages=\('layer4', 'layer1'\) must be in the order they run"):
+        fpn_backbone(create_backbone("resnet18"), stages=("layer4", "layer1"))
 
 
 @pytest.mark.parametrize(("extra_level", "levels"), [("pool", ["pool"]), ("p6p7", ["p6", "p7"])])

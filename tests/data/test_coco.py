@@ -85,7 +85,7 @@ def test_sample_holds_what_the_file_says(tmp_path: Path) -> None:
     assert target["labels"].dtype == torch.int64
     assert (target["image_id"], type(target["image_id"])) == (2, int)
     assert target["area"].tolist() == [7.25, 120.0]  # the second from width x height
-    assert target["area"].dtype == torch.float32
+    assert target["area"].dtype == torch.float64
     assert target["iscrowd"].tolist() == [False, False]
     assert data[0][1]["iscrowd"].tolist() == [True]
     assert data.annotation_ids(1).tolist() == [10, 12]
@@ -223,12 +223,12 @@ def test_evaluation_ground_truth_equals_pycocotools(real_data: Callable[[str], P
         xywh = np.array([a["bbox"] for a in expected])
         xyxy = np.concatenate((xywh[:, :2], xywh[:, :2] + xywh[:, 2:]), axis=1).astype(np.float32)
         assert (target["boxes"].numpy() == xyxy).all()
-        assert (target["area"].numpy() == np.array([a["area"] for a in expected], np.float32)).all()
+        assert (target["area"].numpy() == np.array([a["area"] for a in expected])).all()
         assert target["iscrowd"].tolist() == [a["iscrowd"] == 1 for a in expected]
         num_crowds += int(target["iscrowd"].sum())
         info = coco.imgs[target["image_id"]]
         assert picture.shape == (3, info["height"], info["width"])
-    assert num_crowds == 9  # run-length crowds, of which the README of the data tells
+    assert num_crowds == 9  # written as run lengths
 
 
 def test_bccd_with_its_zero_size_boxes(real_data: Callable[[str], Path]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnest_det.data import CocoDetection, DetectionAugmentation, eval_loader, train_loader
+from resnest_det.data import CocoDetection, DetectionAugmentation, error_message, eval_loader, train_loader
 from resnest_det.data.loaders import EvaluationSampler, GroupedBatchSampler, collate
 
 RATIOS = torch.tensor([1.5] * 23 + [0.6] * 10 + [1.0] * 4)
@@ -279,3 +279,35 @@ def test_coco_tiny_from_end_to_end(real_data: Callable[[str], Path]) -> None:
             assert not target["iscrowd"].any()
             seen.append(target["image_id"])
     assert len(set(seen)) == len(seen) == 40
+
+
+# --- skipped images
+
+
+def test_training_batches_keep_their_size_where_images_were_skipped() -> None:
+    samples = [(torch.zeros(3, 1, 1), {}, "a.jpg"), None, (torch.ones(3, 1, 1), {}, "c.jpg"), None]
+    assert collate(samples)[2] == ["a.jpg", "c.jpg"]
+    assert collate(samples, refill=True)[2] == ["a.jpg", "c.jpg", "a.jpg", "c.jpg"]
+    assert collate([None, None], refill=True) == ([], [], [])
+
+
+# --- errors of workers
+
+
+class Broken(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        try:
+            raise OSError("bytes ran out")
+        except OSError as error:
+            raise ValueError("cannot read a.jpg: 3 bytes\nand a second line") from error
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_message_of_an_error_is_the_same_from_a_worker(num_workers: int) -> None:
+    with pytest.raises(ValueError, match="a.jpg") as error:
+        next(iter(torch.utils.data.DataLoader(Broken(), num_workers=num_workers)))
+    assert ("Traceback" in str(error.value)) == (num_workers > 0)
+    assert error_message(error.value) == "cannot read a.jpg: 3 bytes\nand a second line"

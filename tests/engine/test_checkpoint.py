@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnest_det.engine import load_checkpoint, save_checkpoint
+from resnest_det.engine import check_class_names, load_checkpoint, save_checkpoint
 from resnest_det.engine.checkpoint import restore_training_state, training_state
 
 
@@ -55,12 +55,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_no_file_and_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*last.pt"):
+    with pytest.raises(
+        FileNotFoundError, match="no checkpoint at .*last.pt: a run that ended"
+    ):
         load_checkpoint(tmp_path / "last.pt")
     save_checkpoint(tmp_path / "last.pt", {"x": torch.zeros(100_000)})
     (tmp_path / "cut.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cut.pt is damaged or no checkpoint"):
-        load_checkpoint(tmp_path / "cut.pt")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.pt").write_text("no tensors here")
+    for read in (load_checkpoint, lambda path: check_class_names(path, {})):
+        for name in ("cut.pt", "empty.pt", "text.pt"):
+            with pytest.raises(ValueError, match=f"{name} is damaged, or not plain data written by torch.save"):
+                read(tmp_path / name)
     torch.save({"model": {}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt is not a checkpoint of this version \(format 1\)"):
         load_checkpoint(tmp_path / "other.pt")
@@ -71,3 +77,12 @@ def test_checkpoint_of_another_model() -> None:
     content = training_state(model, optimizer, scheduler)
     with pytest.raises(ValueError, match="the checkpoint is of another model or optimiser.*size mismatch"):
         restore_training_state(content, nn.Linear(3, 4), optimizer, scheduler)
+
+
+def test_checkpoint_of_other_classes(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "named.pt", {"class_names": {1: "cat", 2: "dog"}})
+    torch.save(nn.Linear(1, 1).state_dict(), tmp_path / "unnamed.pth")
+    check_class_names(tmp_path / "named.pt", {1: "cat", 2: "dog"})
+    check_class_names(tmp_path / "unnamed.pth", {1: "cat"})
+    with pytest.raises(ValueError, match="named.pt was trained on other classes than the data set's: .*'dog'.*'cow'"):
+        check_class_names(tmp_path / "named.pt", {1: "cat", 2: "cow"})

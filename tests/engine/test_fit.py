@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from resnest_det.engine import create_schedule, fit, load_checkpoint, new_run_folder, read_metrics
 from resnest_det.engine.journal import Journal
+
+fit_module = sys.modules["resnest_det.engine.fit"]  # as an attribute of its package, the name is the function's
 
 
 class Toy(nn.Module):
@@ -109,8 +112,9 @@ def test_writes_the_run_folder(tmp_path: Path) -> None:
         (3, 15, 0.2),
         (4, 20, 0.25),
     ]
-    (train,) = [r for r in records if r["kind"] == "train"]
-    assert train["step"] == 20
+    trains = [r for r in records if r["kind"] == "train"]
+    assert [train["step"] for train in trains] == [5, 10, 15, 20]
+    train = trains[-1]
     assert train["loss"] == pytest.approx(train["loss_square"] + train["loss_size"])
 
 
@@ -154,12 +158,36 @@ def test_a_resumed_run_equals_an_unbroken_one(broken_at: int, tmp_path: Path) ->
         assert {k: one[k] for k in ("epoch", "step", "best", "results")} == {
             k: other[k] for k in ("epoch", "step", "best", "results")
         }
-    keys = ("kind", "epoch", "step", "AP", "loss")
     one, other = (
-        [{k: r[k] for k in keys if k in r} for r in read_metrics(tmp_path / name / "metrics.jsonl")]
-        for name in ("whole", "broken")
+        [{**r, "seconds": 0} for r in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "broken")
     )
-    assert [r for r in one if r["kind"] == "eval"] == [r for r in other if r["kind"] == "eval"]
+    assert one == other
+
+
+def test_an_evaluation_noted_and_not_saved_is_noted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped between the line in metrics.jsonl and the checkpoint."""
+    real_save = fit_module.save_checkpoint
+
+    def save(path: Path, content: dict[str, Any]) -> None:
+        if content["epoch"] == 2 and content["evaluated"]:
+            raise Stop
+        real_save(path, content)
+
+    monkeypatch.setattr(fit_module, "save_checkpoint", save)
+    with pytest.raises(Stop):
+        run(tmp_path)
+    monkeypatch.setattr(fit_module, "save_checkpoint", real_save)
+    run(tmp_path, resume=True, evaluate=Scores(0.3, 0.2, 0.25))
+    evaluations = [r["epoch"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] == "eval"]
+    assert evaluations == [1, 2, 3, 4]
+
+
+def test_resume_on_data_of_another_size(tmp_path: Path) -> None:
+    run(tmp_path)
+    batches = Batches()
+    batches.__class__ = type("Fewer", (Batches,), {"__len__": lambda self: 3})
+    with pytest.raises(ValueError, match="the run had 5 steps an epoch and the data now make 3"):
+        run(tmp_path, resume=True, batches=batches)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:

@@ -201,3 +201,10 @@ def test_two_processes_with_uneven_parts(tmp_path: Path) -> None:
     # The first process's model finds nothing in its image, the second's finds everything in its 4.
     assert recalls == pytest.approx([1.0, 4 / 5])
     assert training == [True, True, False, True, True]
+
+
+def test_a_batch_of_skipped_images_is_passed_over() -> None:
+    loader = [batches(range(1))[0], ([], [], []), batches(range(1, 2))[0]]
+    model = FixedDetector(BOX)
+    assert evaluate(model, loader, cats())["AP"] == pytest.approx(1.0)
+    assert len(model.seen) == 2

@@ -126,8 +126,11 @@ def test_bad_arguments(arguments: dict[str, int], message: str) -> None:
         SplitAttentionConv2d(32, 32, **arguments)
 
 
-def test_one_image_in_training_is_a_clear_error() -> None:
-    layer = SplitAttentionConv2d(32, 32)
+@pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_one_image_in_training_is_a_clear_error(norm_layer: type[nn.Module]) -> None:
+    layer = SplitAttentionConv2d(32, 32, norm_layer=norm_layer)
     with pytest.raises(ValueError, match="cannot train on one image"):
         layer(torch.randn(1, 32, 8, 8))
+    layer.bn1.eval()  # kept as it is while the rest trains
+    layer(torch.randn(1, 32, 8, 8))
     layer.eval()(torch.randn(1, 32, 8, 8))

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
+from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -29,8 +30,9 @@ def random_detector_weights(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("eps", [1e-5, 0.0], ids=["fresh", "as with COCO_V1"])
 @pytest.mark.parametrize("training", [False, True])
-def test_is_torchvisions_with_resnet50(training: bool, tmp_path: Path) -> None:
+def test_is_torchvisions_with_resnet50(training: bool, eps: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
     body = _resnet_fpn_extractor(torchvision.models.resnet50(norm_layer=FrozenBatchNorm2d), 5)
     theirs = random_detector_weights(FasterRCNN(body, 91, min_size=128, max_size=192)).train(training)
@@ -38,6 +40,10 @@ def test_is_torchvisions_with_resnet50(training: bool, tmp_path: Path) -> None:
     ours = faster_rcnn(create_backbone("resnet50", norm="frozen_bn"), 91, min_size=128, max_size=192).train(training)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     load_weights(ours, tmp_path / "fasterrcnn_resnet50_fpn.pth")
+    overwrite_eps(theirs, eps)  # what torchvision's builder does with its COCO_V1 weights
+    for module in ours.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = eps
     images = [torch.rand(3, 96, 128), torch.rand(3, 120, 100)]
     targets = [{"boxes": torch.tensor([[10.0, 10, 60, 80]]), "labels": torch.tensor([17])}] * 2
     outputs = []

@@ -1,0 +1,53 @@
+"""The names that others build on."""
+
+from __future__ import annotations
+
+import inspect
+
+import resnest_det
+import resnest_det.backbones
+import resnest_det.data
+import resnest_det.engine
+import resnest_det.evaluation
+import resnest_det.layers
+import resnest_det.models
+import resnest_det.visualize
+
+ROOMS = [
+    resnest_det,
+    resnest_det.backbones,
+    resnest_det.data,
+    resnest_det.engine,
+    resnest_det.evaluation,
+    resnest_det.layers,
+    resnest_det.models,
+    resnest_det.visualize,
+]
+
+
+def test_promised_names() -> None:
+    from resnest_det import create_backbone, fpn_backbone, list_backbones, load_weights, resnest50, stage_extractor
+    from resnest_det.data import CocoDetection
+    from resnest_det.evaluation import CocoMeanAveragePrecision, evaluate
+    from resnest_det.layers import SplitAttentionConv2d
+    from resnest_det.models import faster_rcnn
+
+    promised = [
+        *(create_backbone, fpn_backbone, list_backbones, load_weights, resnest50, stage_extractor),
+        *(CocoDetection, CocoMeanAveragePrecision, evaluate, SplitAttentionConv2d, faster_rcnn),
+    ]
+    assert all(callable(name) for name in promised)
+    assert set(list_backbones()) <= set(resnest_det.__all__)
+
+
+def test_no_public_function_swallows_a_misspelt_argument() -> None:
+    checked = 0
+    for room in ROOMS:
+        for name in room.__all__:
+            value = getattr(room, name)
+            is_class = inspect.isclass(value) and not getattr(value, "_is_protocol", False)
+            if is_class or inspect.isfunction(value):
+                kinds = [parameter.kind for parameter in inspect.signature(value).parameters.values()]
+                assert inspect.Parameter.VAR_KEYWORD not in kinds, f"{room.__name__}.{name}"
+                checked += 1
+    assert checked > 60
