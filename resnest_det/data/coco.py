@@ -140,7 +140,7 @@ class CocoDetection(Dataset[Sample]):
         self._offsets = torch.from_numpy(_offsets(np.bincount(place, minlength=len(names))))
         self._boxes = torch.from_numpy(selection.boxes_xyxy[order])
         self._labels = torch.from_numpy(np.searchsorted(category_ids, content.category_ids[chosen]) + 1)
-        self._areas = torch.from_numpy(content.areas[chosen].astype(np.float32))
+        self._areas = torch.from_numpy(content.areas[chosen])
         self._iscrowd = torch.from_numpy(content.iscrowd[chosen])
         self._annotation_ids = torch.from_numpy(content.annotation_ids[chosen])
         # Shared from the start: what a forked worker writes here must be seen by the main process.

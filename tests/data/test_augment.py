@@ -114,11 +114,11 @@ def test_no_boxes_left(picture: np.ndarray, boxes: np.ndarray) -> None:
 
 
 def test_boxes_are_clipped_and_what_vanishes_is_dropped(picture: np.ndarray) -> None:
-    boxes = np.array([[-5, 10, 20, 20], [70, 0, 80, 10], [10, 10, 12, 20], [10, 10, 10.8, 20]], np.float32)
+    boxes = np.array([[-5, 10, 20, 20], [70, 0, 80, 10], [10, 10, 12, 20], [10, 10, 11, 20]], np.float32)
     augment = DetectionAugmentation((HEIGHT // 2,), 100, horizontal_flip=0)
-    _, found, kept = augment(picture, boxes, 0)  # half the size: the last box is 0.4 px wide
-    assert kept.tolist() == [0, 2]
-    assert found.tolist() == [[0, 5, 10, 10], [5, 5, 6, 10]]
+    _, found, kept = augment(picture, boxes, 0)  # half the size: the last box is half a pixel wide, and stays
+    assert kept.tolist() == [0, 2, 3]
+    assert found.tolist() == [[0, 5, 10, 10], [5, 5, 6, 10], [5, 5, 5.5, 10]]
 
 
 def test_one_pixel() -> None:

@@ -109,7 +109,7 @@ def test_image_without_boxes_gives_empty_tensors_of_the_right_types(tmp_path: Pa
     assert [target[key].dtype for key in ("boxes", "labels", "area", "iscrowd")] == [
         torch.float32,
         torch.int64,
-        torch.float32,
+        torch.float64,
         torch.bool,
     ]
 

@@ -25,8 +25,10 @@ def random_detector_weights(model: nn.Module) -> nn.Module:
     for key, value in model.state_dict().items():
         if key.endswith("running_var"):
             value.copy_(0.5 + torch.rand(value.shape, generator=generator))
-        elif "cls_score" in key or "cls_logits" in key or "bbox_pred" in key:
-            value.copy_(0.05 * torch.randn(value.shape, generator=generator))
+        elif key.endswith("bn3.weight"):
+            value.fill_(0.1)
+        elif key.endswith("cls_score.weight"):
+            value.copy_(torch.randn(value.shape, generator=generator))
     return model
 
 
