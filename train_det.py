@@ -23,7 +23,14 @@ from torch import nn
 
 from resnest_det.backbones import load_weights
 from resnest_det.build import build_detector, build_optimizer, build_train_set, build_val_set, check_batch_size
-from resnest_det.config import Command, DetectionSettings, ineffective_settings, parse_command_line, write_settings
+from resnest_det.config import (
+    Command,
+    DetectionSettings,
+    ineffective_settings,
+    parse_command_line,
+    with_run_folder,
+    write_settings,
+)
 from resnest_det.data import CocoDetection, error_message, eval_loader, train_loader
 from resnest_det.distributed import images_to_device, select_device
 from resnest_det.engine import check_class_names, fit, load_checkpoint, new_run_folder
@@ -86,7 +93,7 @@ def train(command: Command[DetectionSettings]) -> None:
     if command.resume:
         check_class_names(command.resume / "last.pt", train_set.class_names)
     folder = command.resume or new_run_folder(Path(settings.run.dir))
-    write_settings(settings, folder / "config.toml")
+    write_settings(with_run_folder(settings, str(folder)), folder / "config.toml")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{settings.model.detector} on {settings.model.backbone}, {num_parameters / 1e6:.1f} M parameters, "

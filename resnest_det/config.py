@@ -329,7 +329,7 @@ def load_settings(cls: type[S], path: str | Path, overrides: Sequence[str] = ())
         lines = "".join(f"\n  {mistake}" for mistake in mistakes)
         sources = f"{path} and the overrides" if overrides else str(path)
         raise SettingsError(f"{count} in the settings of {sources}:{lines}")
-    return settings if settings.run.dir else _with_run_folder(settings, f"runs/{path.stem}")
+    return settings if settings.run.dir else with_run_folder(settings, f"runs/{path.stem}")
 
 
 def parse_command_line(
@@ -404,11 +404,11 @@ def parse_command_line(
     names_run_folder = any(override.partition("=")[0].strip() == "run.dir" for override in overrides)
     if resume:
         if not names_run_folder or Path(settings.run.dir) == resume:
-            settings = _with_run_folder(settings, str(resume))
-        _check_resumed(settings, _with_run_folder(load_settings(cls, _run_config(resume)), str(resume)))
+            settings = with_run_folder(settings, str(resume))
+        _check_resumed(settings, with_run_folder(load_settings(cls, _run_config(resume)), str(resume)))
     elif eval_only and not configs and not names_run_folder:
         # The run's own record of its folder is out of date once the folder was moved.
-        settings = _with_run_folder(settings, str(config_path.parent))
+        settings = with_run_folder(settings, str(config_path.parent))
     if parsed.print_config:
         sys.stdout.write(_to_toml(settings))
         parser.exit()
@@ -489,7 +489,8 @@ def _names_config_file(argument: str) -> bool:
     return argument.endswith(".toml") and not re.match(r"[\w.\s]*=", argument)
 
 
-def _with_run_folder(settings: S, folder: str) -> S:
+def with_run_folder(settings: S, folder: str) -> S:
+    """The settings of a run that is written to `folder`."""
     return settings.model_copy(update={"run": settings.run.model_copy(update={"dir": folder})})
 
 

@@ -108,6 +108,7 @@ def test_trains_evaluates_draws_and_measures_again(
     # A second run never touches the first.
     assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
     assert (tmp_path / "run-2" / "best.pt").exists()
+    assert load_settings(DetectionSettings, tmp_path / "run-2" / "config.toml").run.dir == str(tmp_path / "run-2")
 
 
 def test_a_resumed_run_equals_an_unbroken_one(

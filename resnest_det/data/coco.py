@@ -1,6 +1,6 @@
 """COCO instances files as a data set: compact arrays, contiguous labels and the way back.
 
-The JSON is decoded straight into a few arrays, 37 bytes an annotation and no Python object, so that a process
+The JSON is decoded straight into a few arrays, 41 bytes an annotation and no Python object, so that a process
 of COCO's size stays small and DataLoader workers share one copy. Polygons and run-length masks are skipped.
 """
 
