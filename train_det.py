@@ -93,7 +93,9 @@ def train(command: Command[DetectionSettings]) -> None:
     if command.resume:
         check_class_names(command.resume / "last.pt", train_set.class_names)
     folder = command.resume or new_run_folder(Path(settings.run.dir))
-    write_settings(with_run_folder(settings, str(folder)), folder / "config.toml")
+    if not command.resume:
+        write_settings(with_run_folder(settings, str(folder)), folder / "config.toml")
+    (folder / "error.txt").unlink(missing_ok=True)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{settings.model.detector} on {settings.model.backbone}, {num_parameters / 1e6:.1f} M parameters, "
@@ -136,6 +138,8 @@ def evaluate_only(command: Command[DetectionSettings], checkpoint: Path) -> None
     val_set = build_val_set(settings.data)
     model = build_detector(settings.model, val_set.num_classes, load_weights=False)
     file = checkpoint / "best.pt" if checkpoint.is_dir() else checkpoint
+    if checkpoint.is_dir() and not file.exists():
+        raise ValueError(f"{checkpoint} has no best.pt: the run was not evaluated yet; name its last.pt, or resume it")
     load_weights(model, file)
     check_class_names(file, val_set.class_names)
     model.to(device)
@@ -148,8 +152,8 @@ def evaluate_only(command: Command[DetectionSettings], checkpoint: Path) -> None
     # A run's own folder takes what is measured of it; a file from elsewhere gets a folder of its own.
     own_folder = Path(settings.run.dir) == file.parent
     folder = file.parent if own_folder else new_run_folder(Path(settings.run.dir))
-    # Named after the set, so that measuring another one replaces nothing.
-    name = Path(settings.data.val.annotations).stem
+    # Named after checkpoint and set, so that measuring another one replaces nothing.
+    name = f"{file.stem}_{val_set.annotation_file.stem}"
     (folder / f"results_{name}.json").write_text(json.dumps(results, indent=2) + "\n")
     draw(model, val_set, folder / f"predictions_{name}.png", settings.run.num_pictures, device)
 

@@ -105,7 +105,9 @@ class CocoDataSettings(Section):
     num_workers: int = Field(2, ge=0, description="Loader processes of each process; 0 loads in the process itself.")
     keep_empty: bool = Field(True, description="Keep training images without boxes, as negatives.")
     on_unreadable: Literal["raise", "skip"] = Field(
-        "raise", description="An image that cannot be decoded stops the run, or is skipped with a warning."
+        "raise",
+        description="An image that cannot be decoded stops the run, or is skipped with a warning (in training, another "
+        "of its batch then comes twice).",
     )
     short_sides: tuple[Annotated[int, Field(ge=32)], ...] = Field(
         (640, 672, 704, 736, 768, 800),

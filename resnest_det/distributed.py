@@ -49,7 +49,7 @@ def select_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d*))?|mps", name):
         raise ValueError(f"device {name!r} is not a device; use auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -65,6 +65,8 @@ def select_device(name: str = "auto") -> torch.device:
 def to_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor in it on `device`; lists, tuples and dicts are walked, the rest is kept."""
     if isinstance(value, Tensor):
+        if device.type == "mps" and value.dtype == torch.float64:  # which Apple's GPUs do not have
+            value = value.float()
         return value.to(device, non_blocking=device.type != "cpu")  # to the CPU it would not wait for the copy
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}

@@ -103,8 +103,10 @@ def test_trains_evaluates_draws_and_measures_again(
     table = printed[printed.index("      AP") : printed.index("pictures:")]
     assert train_det.main(["--eval-only", str(run)]) == 0
     assert table in capsys.readouterr().out
-    assert (run / "predictions_instances_val.png").exists()
-    assert json.loads((run / "results_instances_val.json").read_text()) == load_checkpoint(run / "best.pt")["results"]
+    assert (run / "predictions_best_instances_val.png").exists()
+    assert (
+        json.loads((run / "results_best_instances_val.json").read_text()) == load_checkpoint(run / "best.pt")["results"]
+    )
     # A second run never touches the first.
     assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
     assert (tmp_path / "run-2" / "best.pt").exists()
@@ -169,7 +171,7 @@ def test_wrong_number_of_classes_for_a_checkpoint(
         ("optim.warmup_steps=1000", "warmup_steps=1000 must be fewer than the run's 9 steps"),
         ("run.device=cuda:99", "device 'cuda:99' is not on this machine"),
         ("run.device=gpu", "device 'gpu' is not a device; use auto, cpu, cuda"),
-        ("model.weights=none.pth", "no weights at none.pth: give a file's path, or the name 'imagenet'"),
+        ("model.weights=none.pth", "weights='none.pth' is neither 'imagenet' nor the path of a file"),
     ],
 )
 def test_mistakes_are_explained_before_training(
@@ -201,6 +203,17 @@ def test_resume_on_data_of_another_size(
     path.write_text(json.dumps(content))
     message = explained(capsys, "--resume", tmp_path / "run", f"data.root={data}")
     assert "the run had 3 steps an epoch and the data now make 2" in message
+    assert load_settings(DetectionSettings, tmp_path / "run" / "config.toml").data.root == str(sample)
+    assert train_det.main(["--resume", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run" / "error.txt").exists()
+
+
+def test_a_run_without_evaluation_has_no_best_checkpoint(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
+    (tmp_path / "run" / "best.pt").unlink()
+    assert "has no best.pt: the run was not evaluated yet" in explained(capsys, "--eval-only", tmp_path / "run")
 
 
 def test_weights_from_elsewhere_are_measured_in_a_folder_of_their_own(config: Path, tmp_path: Path) -> None:
@@ -210,7 +223,7 @@ def test_weights_from_elsewhere_are_measured_in_a_folder_of_their_own(config: Pa
     before = sorted(file.name for file in (tmp_path / "run").iterdir())
     assert train_det.main([str(config), "--eval-only", str(weights)]) == 0
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == before
-    assert (tmp_path / "run-2" / "results_instances_val.json").exists()
+    assert (tmp_path / "run-2" / "results_weights_instances_val.json").exists()
 
 
 def test_other_categories_in_the_validation_set(

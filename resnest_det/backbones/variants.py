@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import nn
@@ -171,6 +172,8 @@ def create_backbone(
     if weights == "imagenet":
         load_imagenet_weights(net, name)
     elif weights is not None:
+        if not Path(weights).expanduser().is_file():
+            raise FileNotFoundError(f"weights={weights!r} is neither 'imagenet' nor the path of a file")
         load_weights(net, weights)
     return net
 

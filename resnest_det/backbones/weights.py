@@ -106,7 +106,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         ValueError: it is not plain data, or holds no state dict.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}: give a file's path, or the name 'imagenet'")
+        raise FileNotFoundError(f"no weights at {path}: give the path of a file")
     content = read_plain(path)
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

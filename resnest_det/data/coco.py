@@ -219,6 +219,11 @@ class CocoDetection(Dataset[Sample]):
         place = index % len(self)
         return offsets[place : place + 2].tolist()
 
+    @property
+    def annotation_file(self) -> Path:
+        """The JSON file that the data set was read from."""
+        return self._file
+
     def summary(self) -> str:
         """One paragraph on what the file holds and what was left out of it."""
         return self._summary

@@ -160,7 +160,8 @@ def train_loader(
     """Shuffled batches for this process's share of the training.
 
     Call `loader.batch_sampler.set_epoch(epoch)` before every epoch. The batches depend on seed and epoch
-    alone: any number of workers yields the same.
+    alone: any number of workers yields the same. Where an unreadable image is skipped, another of its batch
+    comes twice, so that batches keep their size.
 
     Args:
         dataset: with train=True, and usually a transform.

@@ -102,5 +102,5 @@ def restore_training_state(
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: a run that ended in its first epoch has none; start it anew")
+        raise FileNotFoundError(f"no checkpoint at {path}: a run writes its first one after its first epoch")
     return read_plain(path)

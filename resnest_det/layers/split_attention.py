@@ -114,7 +114,8 @@ class SplitAttentionConv2d(nn.Module):
     def needs_several_images(self) -> bool:
         """Whether bn1 takes its statistics from the images of this process's batch, so that one is too few."""
         live = isinstance(self.bn1, nn.modules.batchnorm._BatchNorm) and self.bn1.training
-        shared = isinstance(self.bn1, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized()
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        shared = isinstance(self.bn1, nn.SyncBatchNorm) and processes > 1
         return live and not shared
 
     def attention_logits(self, pooled: Tensor) -> Tensor:

@@ -134,8 +134,10 @@ def test_unreadable_files(kind: str, small: Path, tmp_path: Path, capsys: pytest
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no weights at .*none.pth: give a file's path, or the name 'imagenet'"):
+    with pytest.raises(FileNotFoundError, match="weights='.*none.pth' is neither 'imagenet' nor the path of a file"):
         create_backbone("resnet18", weights=str(tmp_path / "none.pth"))
+    with pytest.raises(FileNotFoundError, match="no weights at .*none.pth: give the path of a file"):
+        load_weights(create_backbone("resnet18"), tmp_path / "none.pth")
 
 
 # --- published files

@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_no_file_and_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*last.pt: a run that ended"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*last.pt: a run writes its first one"):
         load_checkpoint(tmp_path / "last.pt")
     save_checkpoint(tmp_path / "last.pt", {"x": torch.zeros(100_000)})
     (tmp_path / "cut.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:1000])
