@@ -7,6 +7,7 @@ Loading is strict: a network that was loaded has every one of its tensors from t
 from __future__ import annotations
 
 import hashlib
+import pickle
 import re
 import urllib.error
 from collections.abc import Iterable
@@ -127,6 +128,11 @@ def read_plain(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
+    except pickle.UnpicklingError as error:  # torch's own text advises to read the file unsafely
+        raise ValueError(
+            f"{path} is damaged, or not plain data written by torch.save: it is another kind of file, or reading it "
+            f"would run code, which is refused; save the state dict alone, as torch.save(model.state_dict(), file)"
+        ) from error
     except Exception as error:  # bytes that mean nothing fail in every way that a reader can fail in
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is damaged, or not plain data written by torch.save: {reason}") from error
