@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-all check bench setup clean
 
-demo: $(READY)  ## train, evaluate and draw on a small generated data set
+demo: $(READY)  ## train, evaluate and draw on a small generated data set: detection, then segmentation
 	$(BIN)/python train_det.py
+	$(BIN)/python train_seg.py
 
 test: $(READY)  ## the tests, with coverage (minutes)
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
@@ -23,6 +24,8 @@ check: $(READY)  ## style, types, architecture
 
 bench: $(READY)  ## the figures of docs/benchmarks.md that a few minutes can measure
 	$(BIN)/python -m tests.benchmarks.coco_parsing
+	$(BIN)/python -m tests.benchmarks.mean_iou
+	$(BIN)/python -m tests.benchmarks.deeplabv3plus
 
 setup: $(READY)  ## only install
 

@@ -3,24 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from resnest_det.backbones import create_backbone
-from resnest_det.config import CocoDataSettings, DetectorSettings, OptimSettings
-from resnest_det.data.augment import DetectionAugmentation
-from resnest_det.data.coco import CocoDetection
+from resnest_det.backbones import ResNet, create_backbone
+from resnest_det.config import (
+    CocoDataSettings,
+    DetectorSettings,
+    MaskDataSettings,
+    OptimSettings,
+    SampleSettings,
+    SegmentationEvalSettings,
+    SegmenterSettings,
+)
+from resnest_det.data import (
+    ADE20K,
+    ADE20K_CLASS_NAMES,
+    ADE20K_PALETTE,
+    CocoDetection,
+    DetectionAugmentation,
+    MaskFolder,
+    SegmentationAugmentation,
+    read_class_list,
+)
 from resnest_det.data.sample import SAMPLE_VERSION, default_cache_folder, ensure_sample_dataset
 from resnest_det.engine import create_optimizer, create_schedule
+from resnest_det.evaluation import SegmentationInference
 from resnest_det.layers import NormName, SplitAttentionConv2d
-from resnest_det.models import faster_rcnn
+from resnest_det.models import deeplabv3plus, faster_rcnn
+
+Split = Literal["train", "val"]
 
 
-def build_train_set(settings: CocoDataSettings) -> CocoDetection:
-    """The training set with its augmentation. Raises as CocoDetection and DetectionAugmentation do."""
-    images, annotations = _paths(settings, "train")
+def build_coco_set(settings: CocoDataSettings, split: Split) -> CocoDetection:
+    """A split of the detection data set: "train" with its augmentation, "val" as it is in its file.
+
+    Raises as CocoDetection and DetectionAugmentation do.
+    """
+    if settings.sample is not None:
+        folder = _sample_folder(settings.sample)
+        images, annotations = folder / split, folder / "annotations" / f"instances_{split}.json"
+    else:
+        root = Path(settings.root).expanduser()
+        paths = settings.train if split == "train" else settings.val
+        images, annotations = root / paths.images, root / paths.annotations
+    if split == "val":
+        return CocoDetection(images, annotations, on_unreadable=settings.on_unreadable)
     return CocoDetection(
         images,
         annotations,
@@ -37,10 +68,51 @@ def build_train_set(settings: CocoDataSettings) -> CocoDetection:
     )
 
 
-def build_val_set(settings: CocoDataSettings) -> CocoDetection:
-    """The validation set, as it is in its file. Raises as CocoDetection does."""
-    images, annotations = _paths(settings, "val")
-    return CocoDetection(images, annotations, on_unreadable=settings.on_unreadable)
+def build_mask_set(settings: MaskDataSettings, split: Split) -> MaskFolder:
+    """A split of the segmentation data set: "train" with its augmentation, "val" as it is in its files.
+
+    Raises as ADE20K, MaskFolder, read_class_list and SegmentationAugmentation do.
+    """
+    transform = None
+    if split == "train":
+        transform = SegmentationAugmentation(
+            settings.crop_size,
+            base_size=settings.base_size,
+            scale=settings.scale,  # type: ignore[arg-type]  # two numbers, as the settings check
+            max_class_ratio=settings.max_class_ratio,
+            horizontal_flip=settings.hflip,
+            vertical_flip=settings.vflip,
+            color_jitter=settings.color_jitter,
+        )
+    if settings.sample is not None:
+        root, classes = _sample_folder(settings.sample) / "ade20k", "classes.txt"
+    else:
+        root, classes = Path(settings.root).expanduser(), settings.classes
+    class_names = read_class_list(root / classes) if classes else ADE20K_CLASS_NAMES
+    if settings.sample is not None or settings.layout == "ade20k":
+        return ADE20K(
+            root,
+            "training" if split == "train" else "validation",
+            transform=transform,
+            class_names=class_names,
+            on_unreadable=settings.on_unreadable,
+        )
+    paths = settings.train if split == "train" else settings.val
+    return MaskFolder(
+        root / paths.images,
+        root / paths.masks,
+        class_names,
+        transform=transform,
+        first_class_value=settings.first_class_value,
+        ignore_value=None if settings.ignore_value < 0 else settings.ignore_value,
+        on_unreadable=settings.on_unreadable,
+    )
+
+
+def class_colours(settings: MaskDataSettings) -> dict[int, tuple[int, int, int]] | None:
+    """ADE20K's own colours for its 150 classes; None for other classes, which pictures colour by themselves."""
+    official = settings.sample is None and settings.layout == "ade20k" and not settings.classes
+    return dict(enumerate(ADE20K_PALETTE)) if official else None
 
 
 def build_detector(settings: DetectorSettings, num_classes: int, *, load_weights: bool = True) -> nn.Module:
@@ -55,15 +127,7 @@ def build_detector(settings: DetectorSettings, num_classes: int, *, load_weights
     Raises:
         ValueError: an unknown backbone, or weights that do not fit.
     """
-    net = create_backbone(
-        settings.backbone,
-        settings.weights or None if load_weights else None,
-        norm=settings.norm,
-        drop_path=settings.drop_path,
-        checkpoint=settings.checkpoint_activations,
-    )
-    if not load_weights:
-        net.weights_loaded = True  # by the checkpoint, before anything runs: freezing them is no mistake
+    net = _build_backbone(settings, load_weights)
     return faster_rcnn(
         net,
         num_classes,
@@ -84,6 +148,49 @@ def build_detector(settings: DetectorSettings, num_classes: int, *, load_weights
         score_threshold=settings.score_threshold,
         nms_threshold=settings.nms_threshold,
         detections_per_image=settings.detections_per_image,
+    )
+
+
+def build_segmenter(settings: SegmenterSettings, num_classes: int, *, load_weights: bool = True) -> nn.Module:
+    """The segmentation model on its backbone.
+
+    Args:
+        settings: the model's settings.
+        num_classes: of the data set; there is no background beside them.
+        load_weights: False where a checkpoint of the whole model is loaded next.
+
+    Raises:
+        ValueError: an unknown backbone, weights that do not fit, or an argument out of range.
+    """
+    net = _build_backbone(settings, load_weights, output_stride=settings.output_stride)
+    return deeplabv3plus(
+        net,
+        num_classes,
+        head_channels=settings.head_channels,
+        low_level_channels=settings.low_level_channels,
+        aspp_rates=settings.aspp_rates or None,
+        separable=settings.separable,
+        norm=settings.head_norm,
+        dropout=settings.dropout,
+        aux_head=settings.aux_weight > 0,
+        aux_weight=settings.aux_weight,
+        trainable_stages=settings.trainable_stages,
+        class_weights=settings.class_weights or None,
+        ohem_threshold=settings.ohem_threshold or None,
+        ohem_min_kept=settings.ohem_min_kept,
+        dice_weight=settings.dice_weight,
+    )
+
+
+def build_inference(settings: SegmentationEvalSettings) -> SegmentationInference:
+    """How a segmentation model is run on images of any size. Raises as SegmentationInference does."""
+    return SegmentationInference(
+        short_side=settings.short_side,
+        max_side=settings.max_side,
+        scales=settings.scales,
+        flip=settings.flip,
+        window=settings.window,
+        stride=settings.window_stride,
     )
 
 
@@ -115,6 +222,7 @@ def build_optimizer(settings: OptimSettings, model: nn.Module, steps_per_epoch: 
         nesterov=settings.nesterov,
         weight_decay=settings.weight_decay,
         norm_weight_decay=settings.norm_weight_decay,
+        head_lr_factor=settings.head_lr_factor,
     )
     schedule = create_schedule(
         optimizer,
@@ -124,22 +232,34 @@ def build_optimizer(settings: OptimSettings, model: nn.Module, steps_per_epoch: 
         warmup_factor=settings.warmup_factor,
         milestones=settings.milestones,
         gamma=settings.gamma,
+        power=settings.poly_power,
         final_factor=settings.final_lr_factor,
     )
     return optimizer, schedule
 
 
-def _paths(settings: CocoDataSettings, split: str) -> tuple[Path, Path]:
-    """The folder of images and the annotations of a split; the generated set is made where it is not there yet."""
-    if settings.sample is not None:
-        sample = settings.sample
-        name = f"sample-v{SAMPLE_VERSION}-{sample.num_train}-{sample.num_val}-{sample.seed}"
-        folder = default_cache_folder() / name
-        ensure_sample_dataset(folder, num_train=sample.num_train, num_val=sample.num_val, seed=sample.seed)
-        return folder / split, folder / "annotations" / f"instances_{split}.json"
-    root = Path(settings.root).expanduser()
-    paths = settings.train if split == "train" else settings.val
-    return root / paths.images, root / paths.annotations
+def _build_backbone(
+    settings: DetectorSettings | SegmenterSettings, load_weights: bool, *, output_stride: Literal[8, 16, 32] = 32
+) -> ResNet:
+    net = create_backbone(
+        settings.backbone,
+        settings.weights or None if load_weights else None,
+        norm=settings.norm,
+        output_stride=output_stride,
+        drop_path=settings.drop_path,
+        checkpoint=settings.checkpoint_activations,
+    )
+    if not load_weights:
+        net.weights_loaded = True  # by the checkpoint, before anything runs: freezing them is no mistake
+    return net
+
+
+def _sample_folder(sample: SampleSettings) -> Path:
+    """The folder of the generated data set, which is made where it is not there yet."""
+    name = f"sample-v{SAMPLE_VERSION}-{sample.num_train}-{sample.num_val}-{sample.seed}"
+    return ensure_sample_dataset(
+        default_cache_folder() / name, num_train=sample.num_train, num_val=sample.num_val, seed=sample.seed
+    )
 
 
 def _norm(name: str) -> NormName | None:

@@ -47,7 +47,10 @@ class RunSettings(Section):
     )
     seed: int = Field(0, ge=0, description="Seed of the initial weights, the order of the images and augmentation.")
     device: str = Field("auto", description='Device: "auto" (a GPU where there is one), "cpu", "cuda:1", "mps".')
-    num_pictures: int = Field(8, ge=0, description="Validation images drawn with their detections at the end.")
+    channels_last: bool = Field(
+        False, description="Keep features with the channels last in memory: the faster layout on most machines."
+    )
+    num_pictures: int = Field(8, ge=0, description="Validation images drawn with their predictions at the end.")
 
 
 class SampleSettings(Section):
@@ -83,6 +86,12 @@ class ValSplitSettings(SplitSettings):
         "annotations/instances_val2017.json",
         description="COCO instances JSON of the validation images, relative to data.root or absolute.",
     )
+
+
+def _check_root(root: str, info: ValidationInfo) -> str:
+    if not root and "sample" in info.data and info.data["sample"] is None:
+        raise ValueError("the data set's folder is required: give data.root=FOLDER, or a table [data.sample]")
+    return root
 
 
 class CocoDataSettings(Section):
@@ -131,9 +140,7 @@ class CocoDataSettings(Section):
     @field_validator("root")
     @classmethod
     def _root_or_sample(cls, root: str, info: ValidationInfo) -> str:
-        if not root and "sample" in info.data and info.data["sample"] is None:
-            raise ValueError("the data set's folder is required: give data.root=FOLDER, or a table [data.sample]")
-        return root
+        return _check_root(root, info)
 
     @field_validator("max_side")
     @classmethod
@@ -142,6 +149,109 @@ class CocoDataSettings(Section):
         if max_side < largest:
             raise ValueError(f"must be at least the largest of data.short_sides, which is {largest}")
         return max_side
+
+
+class MaskSplitSettings(Section):
+    """One split of a data set of masks."""
+
+    images: str = Field(description="Folder of the images, relative to data.root or absolute.")
+    masks: str = Field(description="Folder of the masks, relative to data.root or absolute.")
+
+
+class TrainMaskSettings(MaskSplitSettings):
+    """The training split of a mask folder."""
+
+    images: str = Field(
+        "images/training", description="Folder of the training images, relative to data.root or absolute."
+    )
+    masks: str = Field("masks/training", description="Folder of the training masks, relative to data.root or absolute.")
+
+
+class ValMaskSettings(MaskSplitSettings):
+    """The validation split of a mask folder."""
+
+    images: str = Field(
+        "images/validation", description="Folder of the validation images, relative to data.root or absolute."
+    )
+    masks: str = Field(
+        "masks/validation", description="Folder of the validation masks, relative to data.root or absolute."
+    )
+
+
+class MaskDataSettings(Section):
+    """A segmentation data set, how it is loaded and how it is augmented."""
+
+    sample: SampleSettings | None = Field(
+        None, description="Train on the generated data set, written to the cache folder on first use."
+    )
+    root: str = Field(
+        "",
+        validate_default=True,
+        description="Folder of the data set: ADEChallengeData2016, or what the paths of a mask folder are relative to; "
+        "required unless data.sample is given.",
+    )
+    layout: Literal["ade20k", "mask_folder"] = Field(
+        "ade20k",
+        description="How the data set lies on disk: as ADEChallengeData2016, or as folders of images and masks.",
+    )
+    classes: str = Field(
+        "",
+        validate_default=True,
+        description="List of the classes, one name a line or as ADE20K's objectInfo150.txt, relative to data.root or "
+        'absolute; "" means the 150 of ADE20K. A mask folder needs one.',
+    )
+    train: TrainMaskSettings = Field(TrainMaskSettings(), description="The training split of a mask folder.")
+    val: ValMaskSettings = Field(ValMaskSettings(), description="The validation split of a mask folder.")
+    first_class_value: int = Field(0, ge=0, le=255, description="Value of the first class in a mask folder's masks.")
+    ignore_value: int = Field(
+        255, ge=-1, le=65535, description="Value in a mask folder's masks of pixels that are not labelled; -1 for none."
+    )
+    batch_size: int = Field(16, ge=1, description="Images a training step, on each process.")
+    eval_batch_size: int = Field(1, ge=1, description="Images a step of evaluation, on each process.")
+    num_workers: int = Field(4, ge=0, description="Loader processes of each process; 0 loads in the process itself.")
+    on_unreadable: Literal["raise", "skip"] = Field(
+        "raise",
+        description="An image or mask that cannot be decoded stops the run, or is skipped with a warning (in training, "
+        "another of its batch then comes twice).",
+    )
+    base_size: int = Field(
+        520, ge=0, description="Short side in pixels that training images are scaled from; 0 is each image's own."
+    )
+    scale: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.5, 2.0),
+        min_length=2,
+        max_length=2,
+        strict=False,
+        description="Smallest and largest factor on data.base_size; one is drawn for each image.",
+    )
+    crop_size: int = Field(480, ge=1, description="Side in pixels of the square cut from each training image.")
+    max_class_ratio: float = Field(
+        0.75, gt=0, le=1, description="Cuts of which one class has a larger share are drawn again, ten times at most."
+    )
+    hflip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    vflip: float = Field(0.0, ge=0, le=1, description="Probability of a vertical flip.")
+    color_jitter: float = Field(
+        0.0, ge=0, le=1, description="Strength of the brightness, contrast and saturation jitter; 0 is none."
+    )
+
+    @field_validator("root")
+    @classmethod
+    def _root_or_sample(cls, root: str, info: ValidationInfo) -> str:
+        return _check_root(root, info)
+
+    @field_validator("classes")
+    @classmethod
+    def _mask_folder_has_classes(cls, classes: str, info: ValidationInfo) -> str:
+        if not classes and info.data.get("layout") == "mask_folder":
+            raise ValueError("a mask folder needs the list of its classes: a text file with one name a line")
+        return classes
+
+    @field_validator("scale")
+    @classmethod
+    def _scale_rises(cls, scale: tuple[float, ...]) -> tuple[float, ...]:
+        if scale[0] > scale[1]:
+            raise ValueError("the first must not be above the second: smallest factor, largest factor")
+        return scale
 
 
 class DetectorSettings(Section):
@@ -200,6 +310,55 @@ class DetectorSettings(Section):
         return max_size
 
 
+class SegmenterSettings(Section):
+    """The segmentation model and its backbone."""
+
+    segmenter: Literal["deeplabv3plus"] = Field("deeplabv3plus", description="Segmentation model on the backbone.")
+    backbone: str = Field("resnest50", description="Backbone's name, one of list_backbones().")
+    weights: str = Field("", description='Backbone\'s weights: "" (random), "imagenet", or a file\'s path.')
+    norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] = Field(
+        "bn", description="Normalisation layers of the backbone: batch, frozen batch, synchronised batch, group."
+    )
+    output_stride: Literal[8, 16, 32] = Field(
+        16, description="Image pixels for one step of the backbone's last features; 32 needs model.aspp_rates."
+    )
+    drop_path: float = Field(0.0, ge=0, lt=1, description="Probability that the last block's branch is dropped.")
+    checkpoint_activations: bool = Field(
+        False, description="Recompute the backbone's activations in the backward pass: less memory, more time."
+    )
+    trainable_stages: int = Field(5, ge=0, le=5, description="Backbone stages trained, counted from the last one.")
+    head_channels: int = Field(
+        256, ge=1, description="Channels of the pyramid of dilated convolutions and the decoder."
+    )
+    low_level_channels: int = Field(48, ge=1, description="Channels that layer1 is projected to for the decoder.")
+    aspp_rates: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        strict=False,
+        description="Rates of the dilated convolutions; none given means 6, 12, 18 at output stride 16 and 12, 24, 36 "
+        "at 8.",
+    )
+    separable: bool = Field(True, description="Depthwise separable convolutions in the head, or plain ones.")
+    head_norm: Literal["bn", "sync_bn", "gn"] = Field("bn", description="Normalisation layers of the head.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout before the classifier.")
+    aux_weight: float = Field(
+        0.0, ge=0, description="Weight of the loss of an auxiliary head on layer3; 0 builds no such head."
+    )
+    class_weights: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (), strict=False, description="Weight of each class in the cross-entropy; none given weighs all alike."
+    )
+    ohem_threshold: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Only pixels whose own class has a lower probability than this count in the cross-entropy; 0 "
+        "counts all.",
+    )
+    ohem_min_kept: int = Field(
+        100_000, ge=1, description="Pixels of an image, the worst ones, that count with ohem_threshold in any case."
+    )
+    dice_weight: float = Field(0.0, ge=0, description="Weight of the Dice loss, added to the cross-entropy; 0 is none.")
+
+
 class OptimSettings(Section):
     """The optimiser and the learning rate over time."""
 
@@ -210,8 +369,13 @@ class OptimSettings(Section):
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay of all weights but norm layers and biases.")
     norm_weight_decay: float = Field(0.0, ge=0, description="Weight decay of norm layers and biases.")
     clip_norm: float = Field(0.0, ge=0, description="Norm to which the whole gradient is clipped; 0 is no clipping.")
-    schedule: Literal["multistep", "cosine", "constant"] = Field(
-        "multistep", description="Learning rate after the warm-up: falls in steps, as a cosine, or stays."
+    head_lr_factor: float = Field(
+        1.0, gt=0, description="Factor on the learning rate of everything but the backbone, which starts at random."
+    )
+    schedule: Literal["multistep", "poly", "cosine", "constant"] = Field(
+        "multistep",
+        description="Learning rate after the warm-up: falls in steps, as a power of what remains of the run, as a "
+        "cosine, or stays.",
     )
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.667, 0.917),
@@ -219,12 +383,13 @@ class OptimSettings(Section):
         description="Increasing fractions of the run at which multistep multiplies the learning rate by optim.gamma.",
     )
     gamma: float = Field(0.1, gt=0, le=1, description="Factor on the learning rate at each of optim.milestones.")
+    poly_power: float = Field(0.9, gt=0, description="Exponent of poly; 1 is a straight line.")
     warmup_steps: int = Field(1000, ge=0, description="Steps over which the learning rate rises to optim.lr.")
     warmup_factor: float = Field(
         0.001, gt=0, le=1, description="First step's learning rate, as a fraction of optim.lr."
     )
     final_lr_factor: float = Field(
-        0.0, ge=0, le=1, description="Learning rate at the cosine's end, as a fraction of optim.lr."
+        0.0, ge=0, le=1, description="Learning rate at the end of poly and cosine, as a fraction of optim.lr."
     )
     epochs: int = Field(12, ge=1, description="Passes over the training images.")
 
@@ -243,10 +408,46 @@ class OptimSettings(Section):
         return milestones
 
 
+class SegmentationOptimSettings(OptimSettings):
+    """The optimiser and the learning rate over time, by default as ADE20K is trained: 16 images a step, 120 epochs."""
+
+    lr: float = Field(0.01, gt=0, description="Learning rate after the warm-up.")
+    head_lr_factor: float = Field(
+        10.0, gt=0, description="Factor on the learning rate of everything but the backbone, which starts at random."
+    )
+    schedule: Literal["multistep", "poly", "cosine", "constant"] = Field(
+        "poly",
+        description="Learning rate after the warm-up: falls in steps, as a power of what remains of the run, as a "
+        "cosine, or stays.",
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises to optim.lr.")
+    epochs: int = Field(120, ge=1, description="Passes over the training images.")
+
+
 class EvalSettings(Section):
     """When the model is evaluated during training."""
 
     every: int = Field(1, ge=1, description="Epochs between evaluations; the last epoch is always evaluated.")
+
+
+class SegmentationEvalSettings(EvalSettings):
+    """When the model is evaluated during training, and how it is run on an image."""
+
+    short_side: int = Field(
+        520, ge=0, description="Short side in pixels to which evaluation resizes an image; 0 leaves it as it is."
+    )
+    max_side: int = Field(0, ge=0, description="Longest side in pixels in evaluation; 0 is no bound.")
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0,),
+        min_length=1,
+        strict=False,
+        description="Factors on that size; the probabilities are averaged over them.",
+    )
+    flip: bool = Field(False, description="Average over each image and its mirror image.")
+    window: int = Field(0, ge=0, description="Side in pixels of sliding windows; 0 runs the whole image at once.")
+    window_stride: int = Field(
+        0, ge=0, description="Step in pixels from window to window; 0 is two thirds of eval.window."
+    )
 
 
 class ExperimentSettings(Section):
@@ -262,6 +463,19 @@ class DetectionSettings(ExperimentSettings):
     model: DetectorSettings = Field(DetectorSettings(), description="The detector and its backbone.")
     optim: OptimSettings = Field(OptimSettings(), description="The optimiser and the learning rate over time.")
     eval: EvalSettings = Field(EvalSettings(), description="Evaluation during training.")
+
+
+class SegmentationSettings(ExperimentSettings):
+    """All settings of a segmentation experiment, `train_seg.py`."""
+
+    data: MaskDataSettings = Field(description="The data set, its loading and augmentation.")
+    model: SegmenterSettings = Field(SegmenterSettings(), description="The segmentation model and its backbone.")
+    optim: SegmentationOptimSettings = Field(
+        SegmentationOptimSettings(), description="The optimiser and the learning rate over time."
+    )
+    eval: SegmentationEvalSettings = Field(
+        SegmentationEvalSettings(), description="Evaluation during training, and how the model is run on an image."
+    )
 
 
 S = TypeVar("S", bound=ExperimentSettings)
@@ -450,25 +664,32 @@ def settings_table(model: type[Section]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def ineffective_settings(settings: DetectionSettings) -> list[str]:
+def ineffective_settings(settings: ExperimentSettings) -> list[str]:
     """A sentence for each setting that differs from its default and changes nothing, given the others.
 
     For example "optim.momentum has no effect with optim.optimizer=adamw".
     """
-    data, model, optim = settings.data, settings.model, settings.optim
-    split_keys = [f"data.{split}.{key}" for split in ("train", "val") for key in SplitSettings.model_fields]
-    causes: list[tuple[bool, str, Iterable[str]]] = [
-        (data.sample is not None, "data.sample", ["data.root", *split_keys]),
-        (model.box_head == "2fc", "model.box_head=2fc", ["model.box_head_norm"]),
-        (optim.optimizer == "adamw", "optim.optimizer=adamw", ["optim.momentum", "optim.nesterov"]),
-        (
-            optim.schedule != "multistep",
-            f"optim.schedule={optim.schedule}",
-            ["optim.milestones", "optim.gamma"],
-        ),
-        (optim.schedule != "cosine", f"optim.schedule={optim.schedule}", ["optim.final_lr_factor"]),
-        (optim.warmup_steps == 0, "optim.warmup_steps=0", ["optim.warmup_factor"]),
-    ]
+    causes: list[tuple[bool, str, Iterable[str]]] = []
+    if isinstance(settings, DetectionSettings | SegmentationSettings):
+        causes += _ineffective_in_optim(settings.optim)
+    if isinstance(settings, DetectionSettings):
+        splits = [f"data.{split}.{key}" for split in ("train", "val") for key in SplitSettings.model_fields]
+        causes += [
+            (settings.data.sample is not None, "data.sample", ["data.root", *splits]),
+            (settings.model.box_head == "2fc", "model.box_head=2fc", ["model.box_head_norm"]),
+        ]
+    if isinstance(settings, SegmentationSettings):
+        data, model, evaluation = settings.data, settings.model, settings.eval
+        splits = [f"data.{split}.{key}" for split in ("train", "val") for key in MaskSplitSettings.model_fields]
+        of_folders = [*splits, "data.first_class_value", "data.ignore_value"]
+        is_sample = data.sample is not None
+        causes += [
+            (is_sample, "data.sample", ["data.root", "data.layout", "data.classes", *of_folders]),
+            (not is_sample and data.layout == "ade20k", "data.layout=ade20k", of_folders),
+            (model.ohem_threshold == 0, "model.ohem_threshold=0", ["model.ohem_min_kept"]),
+            (evaluation.short_side == 0, "eval.short_side=0", ["eval.max_side"]),
+            (evaluation.window == 0, "eval.window=0", ["eval.window_stride"]),
+        ]
     values = dict(_flatten(settings.model_dump(mode="json")))
     defaults = {key: schema.get("default") for key, schema in _describe_keys(type(settings)).items()}
     return [
@@ -476,6 +697,17 @@ def ineffective_settings(settings: DetectionSettings) -> list[str]:
         for holds, cause, keys in causes
         for key in keys
         if holds and values[key] != defaults[key]
+    ]
+
+
+def _ineffective_in_optim(optim: OptimSettings) -> list[tuple[bool, str, Iterable[str]]]:
+    schedule = f"optim.schedule={optim.schedule}"
+    return [
+        (optim.optimizer == "adamw", "optim.optimizer=adamw", ["optim.momentum", "optim.nesterov"]),
+        (optim.schedule != "multistep", schedule, ["optim.milestones", "optim.gamma"]),
+        (optim.schedule != "poly", schedule, ["optim.poly_power"]),
+        (optim.schedule not in ("poly", "cosine"), schedule, ["optim.final_lr_factor"]),
+        (optim.warmup_steps == 0, "optim.warmup_steps=0", ["optim.warmup_factor"]),
     ]
 
 
@@ -640,7 +872,7 @@ def _describe_keys(cls: type[Section]) -> dict[str, dict[str, Any]]:
 
 
 def _choices(schema: Mapping[str, Any]) -> list[str]:
-    return [schema["const"]] if "const" in schema else list(schema.get("enum", ()))
+    return [str(choice) for choice in ([schema["const"]] if "const" in schema else schema.get("enum", ()))]
 
 
 def _type_name(schema: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from resnest_det.config import (
     Command,
     DetectionSettings,
     SampleSettings,
+    Section,
+    SegmentationSettings,
     SettingsError,
     SplitSettings,
     ineffective_settings,
@@ -591,8 +594,9 @@ def test_ineffective_settings(config: Path, overrides: list[str], sentences: lis
 # The models and their table
 
 
-def test_every_field_has_a_description() -> None:
-    found = models(DetectionSettings)
+@pytest.mark.parametrize("root", [DetectionSettings, SegmentationSettings])
+def test_every_field_has_a_description(root: type[BaseModel]) -> None:
+    found = models(root)
     assert len(found) == 9
     for model in found:
         for name, field in model.model_fields.items():
@@ -612,17 +616,19 @@ def test_settings_table_rows() -> None:
     assert settings_table(SplitSettings).count("| required |") == 2
 
 
-def test_settings_table_covers_every_setting() -> None:
-    sections = [model for model in models(DetectionSettings) if model is not DetectionSettings]
+@pytest.mark.parametrize("root", [DetectionSettings, SegmentationSettings])
+def test_settings_table_covers_every_setting(root: type[Section]) -> None:
+    sections = [model for model in models(root) if model is not root]
     # The two splits are rows by their settings only; data.sample, which may be absent, has a row of its own.
     expected = sum(len(model.model_fields) for model in sections) - len(["data.train", "data.val"])
-    assert settings_table(DetectionSettings).count("\n| `") == expected
+    assert settings_table(root).count("\n| `") == expected
 
 
-def test_documented_table_is_the_models() -> None:
-    begin, end = "<!-- settings: begin -->\n", "<!-- settings: end -->"
+@pytest.mark.parametrize("model", [DetectionSettings, SegmentationSettings])
+def test_documented_tables_are_the_models(model: type[Section]) -> None:
+    begin, end = f"<!-- {model.__name__}: begin -->\n", f"<!-- {model.__name__}: end -->"
     documented = DOCS.read_text().partition(begin)[2].partition(end)[0]
-    assert documented.strip() == settings_table(DetectionSettings).strip(), "docs/config.md says how to renew it"
+    assert documented.strip() == settings_table(model).strip(), "docs/config.md says how to renew it"
 
 
 def test_documented_file_is_valid(tmp_path: Path) -> None:
@@ -639,6 +645,68 @@ def test_documented_mistakes_are_the_real_message(tmp_path: Path, monkeypatch: p
     with pytest.raises(SettingsError) as caught:
         load(path, "optim.learning_rate=0.1", "data.keep_empty=yes")
     assert f"```text\n{caught.value}\n```" in DOCS.read_text()
+
+
+SEGMENTATION = 'data.root = "ade"\n'
+
+
+def load_segmentation(tmp_path: Path, *overrides: str) -> SegmentationSettings:
+    path = tmp_path / "tiny.toml"
+    path.write_text(SEGMENTATION)
+    return load_settings(SegmentationSettings, path, overrides)
+
+
+def test_segmentation_has_defaults_of_its_own(tmp_path: Path) -> None:
+    settings = load_segmentation(tmp_path)
+    assert (settings.optim.lr, settings.optim.head_lr_factor, settings.optim.schedule) == (0.01, 10.0, "poly")
+    assert (settings.data.layout, settings.data.ignore_value, settings.model.output_stride) == ("ade20k", 255, 16)
+    assert (settings.eval.scales, settings.eval.every) == ((1.0,), 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.root=", 'data.root = "" (command line): the data set\'s folder is required'),
+        ("data.layout=mask_folder", 'data.classes = ""*: a mask folder needs the list of its classes'),
+        ("data.layout=ade", "must be one of ade20k, mask_folder; did you mean ade20k?"),
+        ("data.scale=[2.0, 0.5]", "the first must not be above the second"),
+        ("data.scale=[1.0]", "data.scale = [1.0] (command line): must be a list of finite floats: exactly 2, each > 0"),
+        ("data.crop_size=0", "data.crop_size = 0 (command line): must be an integer >= 1"),
+        ("model.output_stride=4", "model.output_stride = 4 (command line): must be one of 8, 16, 32"),
+        ("model.class_weights=[1, -1]", "model.class_weights"),
+        ("model.head_norm=frozen_bn", "must be one of bn, sync_bn, gn"),
+        ("eval.scales=[]", "eval.scales = [] (command line): must be a list of finite floats: 1 or more, each > 0"),
+        ("optim.poly_power=0", "optim.poly_power = 0 (command line): must be a finite float > 0"),
+    ],
+)
+def test_mistakes_of_segmentation_settings(tmp_path: Path, override: str, sentence: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_segmentation(tmp_path, override)
+    assert re.search(".*".join(map(re.escape, sentence.split("*"))), str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentences"),
+    [
+        ([], []),
+        (["model.ohem_min_kept=5"], ["model.ohem_min_kept has no effect with model.ohem_threshold=0"]),
+        (["eval.window_stride=5"], ["eval.window_stride has no effect with eval.window=0"]),
+        (["eval.short_side=0", "eval.max_side=50"], ["eval.max_side has no effect with eval.short_side=0"]),
+        (["data.ignore_value=0"], ["data.ignore_value has no effect with data.layout=ade20k"]),
+        (["data.layout=mask_folder", "data.classes=c.txt", "data.ignore_value=0", "data.train.masks=m"], []),
+        (
+            ["data.sample={}", "data.val.masks=m"],
+            ["data.root has no effect with data.sample", "data.val.masks has no effect with data.sample"],
+        ),
+        (
+            ["optim.poly_power=2", "optim.schedule=cosine"],
+            ["optim.poly_power has no effect with optim.schedule=cosine"],
+        ),
+        (["optim.final_lr_factor=0.1"], []),
+    ],
+)
+def test_ineffective_segmentation_settings(tmp_path: Path, overrides: list[str], sentences: list[str]) -> None:
+    assert ineffective_settings(load_segmentation(tmp_path, *overrides)) == sentences
 
 
 def test_settings_can_be_made_in_python() -> None:

@@ -20,9 +20,9 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+
+from resnest_det.data.files import ImageFiles, describe_near, listed, offsets_of, read_rgb
 
 Target: TypeAlias = dict[str, Any]
 Sample: TypeAlias = tuple[Tensor, Target]
@@ -31,7 +31,7 @@ Sample: TypeAlias = tuple[Tensor, Target]
 # pixel, and the regression target log(width) runs away for thinner ones.
 MIN_BOX_SIDE = 1.0
 
-_NUM_SHOWN = 5  # how many ids or names a message lists
+_NUM_SHOWN = 5  # how many broken annotations a message shows
 _CHUNK = 4096  # annotations decoded before they are moved into the arrays
 _MAX_COORDINATE = 1e9  # pixels; far above any image, far below what float32 overflows at
 _MIN_INT64, _MAX_INT64 = -(2**63), 2**63 - 1
@@ -50,7 +50,7 @@ class Transform(Protocol):
         ...
 
 
-class CocoDetection(Dataset[Sample]):
+class CocoDetection(ImageFiles[Sample]):
     """Images and boxes of a COCO instances file.
 
     `dataset[i]` is `(image, target)`: the image a uint8 RGB tensor (3, H, W), the target a dict of
@@ -95,16 +95,14 @@ class CocoDetection(Dataset[Sample]):
         keep_empty: bool = True,
         on_unreadable: Literal["raise", "skip"] = "raise",
     ) -> None:
-        if on_unreadable not in ("raise", "skip"):
-            raise ValueError(f"on_unreadable={on_unreadable!r} is unknown; use 'raise' or 'skip'")
         if not train and not keep_empty:
             warnings.warn("keep_empty=False has no effect with train=False: evaluation uses every image", stacklevel=2)
-        self._folder, self._file = Path(images), Path(annotations)
-        _check_paths_exist(self._folder, self._file)
+        folder, self._file = Path(images), Path(annotations)
+        _check_paths_exist(folder, self._file)
         content = _read(self._file)
         _check_content(self._file, content)
-        _check_images_exist(self._folder, content.file_names)
-        self._transform, self._on_unreadable = transform, on_unreadable
+        _check_images_exist(folder, content.file_names)
+        self._transform = transform
 
         category_ids = sorted(content.categories)
         self.category_ids = dict(enumerate(category_ids, start=1))
@@ -119,11 +117,11 @@ class CocoDetection(Dataset[Sample]):
                 f"it needs annotations that are neither crowd regions nor degenerate, or keep_empty=True"
             )
         self._summary = _summarise(self._file, content, selection)
+        super().__init__(folder, [content.file_names[i] for i in selection.images], on_unreadable)
         self._store(content, selection, np.asarray(category_ids))
 
     def _store(self, content: _Content, selection: _Selection, category_ids: NDArray[np.int64]) -> None:
         """Keep the selected images and annotations, as tensors: only those stay shared under spawn."""
-        names = [content.file_names[i].encode() for i in selection.images]
         sizes = content.sizes[selection.images]
         # Annotations ordered by image; the sort is stable, so within an image the file's order is kept.
         place = np.full(len(content.image_ids), -1)
@@ -135,49 +133,21 @@ class CocoDetection(Dataset[Sample]):
         self.image_ids = torch.from_numpy(content.image_ids[selection.images])
         self.aspect_ratios = torch.from_numpy((sizes[:, 0] / sizes[:, 1]).astype(np.float32))
         self._sizes = torch.from_numpy(sizes)  # (num_images, 2): width, height
-        self._names = torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy())
-        self._name_offsets = torch.from_numpy(_offsets([len(name) for name in names]))
-        self._offsets = torch.from_numpy(_offsets(np.bincount(place, minlength=len(names))))
+        self._offsets = torch.from_numpy(offsets_of(np.bincount(place, minlength=len(selection.images))))
         self._boxes = torch.from_numpy(selection.boxes_xyxy[order])
         self._labels = torch.from_numpy(np.searchsorted(category_ids, content.category_ids[chosen]) + 1)
         self._areas = torch.from_numpy(content.areas[chosen])
         self._iscrowd = torch.from_numpy(content.iscrowd[chosen])
         self._annotation_ids = torch.from_numpy(content.annotation_ids[chosen])
-        # Shared from the start: what a forked worker writes here must be seen by the main process.
-        self._skipped = torch.zeros(len(names), dtype=torch.bool).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._load(index, None)
-
-    def load(self, index: int, seed: int | None = None) -> Sample | None:
-        """The sample at `index`, its transform's randomness drawn from `seed`.
-
-        Args:
-            index: place in the data set.
-            seed: for the transform; None draws afresh.
-
-        Returns:
-            The image (3, H, W) and its target, or None where the image cannot be decoded and
-            on_unreadable="skip".
-
-        Raises:
-            ValueError: the image cannot be decoded (on_unreadable="raise"), or its size is not the file's.
-        """
-        try:
-            return self._load(index, seed)
-        except UnreadableImageError as error:
-            if self._on_unreadable == "raise":
-                raise
-            if not self._skipped[index]:
-                self._skipped[index] = True
-                warnings.warn(f"skipped: {error}", stacklevel=2)
-            return None
 
     def _load(self, index: int, seed: int | None) -> Sample:
-        image = _read_image(self.image_path(index), *self._sizes[index].tolist())
+        path, (width, height) = self.image_path(index), self._sizes[index].tolist()
+        image = read_rgb(path, width, height)
+        if image.shape[:2] != (height, width):
+            raise ValueError(
+                f"{path} is {image.shape[1]} x {image.shape[0]} pixels, but the annotation file says {width} x "
+                f"{height}; the boxes belong to another version of this image"
+            )
         first, last = self._span(self._offsets, index)
         boxes = self._boxes[first:last].clone()  # a view would let a caller write into the data set
         kept: slice | Tensor = slice(None)
@@ -193,31 +163,10 @@ class CocoDetection(Dataset[Sample]):
         }
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), target  # (H, W, 3) -> (3, H, W)
 
-    @property
-    def skipped(self) -> list[str]:
-        """File names of the images skipped so far, by this process and by the loaders' workers."""
-        return [self.file_name(index) for index in self._skipped.nonzero().flatten().tolist()]
-
-    def file_name(self, index: int) -> str:
-        """The image's file name as the JSON gives it."""
-        first, last = self._span(self._name_offsets, index)
-        return self._names[first:last].numpy().tobytes().decode()
-
-    def image_path(self, index: int) -> Path:
-        """The image's file."""
-        return self._folder / self.file_name(index)
-
     def annotation_ids(self, index: int) -> Tensor:
         """The file's ids of the image's annotations, int64 (N,), in the order of the untransformed boxes."""
         first, last = self._span(self._offsets, index)
         return self._annotation_ids[first:last].clone()
-
-    def _span(self, offsets: Tensor, index: int) -> list[int]:
-        """Where the piece of the image at `index` begins and ends."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is outside this data set of {len(self)} images")
-        place = index % len(self)
-        return offsets[place : place + 2].tolist()
 
     @property
     def annotation_file(self) -> Path:
@@ -227,10 +176,6 @@ class CocoDetection(Dataset[Sample]):
     def summary(self) -> str:
         """One paragraph on what the file holds and what was left out of it."""
         return self._summary
-
-
-class UnreadableImageError(ValueError):
-    """An image file that cannot be decoded."""
 
 
 # What the JSON holds. Only the named fields are built; msgspec skips the rest without making objects.
@@ -372,7 +317,7 @@ def _raise_structure_error(path: Path, text: mmap.mmap, error: msgspec.Validatio
         hint = " (a list of detections is a results file)" if text[:64].lstrip().startswith(b"[") else ""
         raise ValueError(f"{path}: {error} at its top{hint}; {rule}") from None
     missing = [key for key in _Document.__struct_fields__ if key not in keys]
-    raise ValueError(f"{path} has the keys {_listed(keys)} and lacks {', '.join(missing)}; {rule}") from None
+    raise ValueError(f"{path} has the keys {listed(keys)} and lacks {', '.join(missing)}; {rule}") from None
 
 
 def _raise_annotation_error(path: Path, annotations: Iterable[msgspec.Raw]) -> NoReturn:
@@ -394,19 +339,10 @@ def _raise_annotation_error(path: Path, annotations: Iterable[msgspec.Raw]) -> N
 
 def _check_paths_exist(folder: Path, file: Path) -> None:
     if not folder.is_dir():
-        raise FileNotFoundError(f"the image folder {folder} does not exist; {_describe_near(folder, '')}")
+        raise FileNotFoundError(f"the image folder {folder} does not exist; {describe_near(folder, '')}")
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
-        raise FileNotFoundError(f"the annotation file {file} {what}; {_describe_near(file, '.json')}")
-
-
-def _describe_near(path: Path, suffix: str) -> str:
-    """What the nearest existing folder holds: its files with that suffix, or its folders without one."""
-    near = next(p for p in (path, *path.absolute().parents) if p.is_dir())
-    entries = sorted(near.iterdir())
-    names = [p.name for p in entries if (p.suffix == suffix and p.is_file() if suffix else p.is_dir())]
-    kind = f"{suffix} files" if suffix else "folders"
-    return f"{near} holds the {kind} {_listed(names)}" if names else f"{near} holds no {kind}"
+        raise FileNotFoundError(f"the annotation file {file} {what}; {describe_near(file, '.json')}")
 
 
 def _check_content(path: Path, content: _Content) -> None:
@@ -415,7 +351,7 @@ def _check_content(path: Path, content: _Content) -> None:
 
     def check(wrong: NDArray[np.bool_], ids: NDArray[np.int64], kind: str, rule: str) -> None:
         if wrong.any():
-            mistakes.append(f"{int(wrong.sum())} {kind}: {rule} (ids {_listed(ids[wrong])})")
+            mistakes.append(f"{int(wrong.sum())} {kind}: {rule} (ids {listed(ids[wrong])})")
 
     if not len(content.image_ids):
         mistakes.append("it lists no images; at least one is needed")
@@ -432,7 +368,7 @@ def _check_content(path: Path, content: _Content) -> None:
     if leaving.any():
         names = [content.file_names[i] for i in np.flatnonzero(leaving)]
         mistakes.append(
-            f"{len(names)} images: file_name must be relative and stay in the image folder ({_listed(names)})"
+            f"{len(names)} images: file_name must be relative and stay in the image folder ({listed(names)})"
         )
     annotation_ids = content.annotation_ids
     check(content.image_indices < 0, annotation_ids, "annotations", "image_id names no image of the file")
@@ -466,8 +402,8 @@ def _check_images_exist(folder: Path, file_names: Sequence[str]) -> None:
     if missing:
         found = sorted(path.name for path in folder.iterdir())
         raise FileNotFoundError(
-            f"{len(missing)} of {len(file_names)} images are not in {folder}: {_listed(missing)}; it holds "
-            f"{_listed(found) if found else 'nothing'}. Check that the folder belongs to the annotation file"
+            f"{len(missing)} of {len(file_names)} images are not in {folder}: {listed(missing)}; it holds "
+            f"{listed(found) if found else 'nothing'}. Check that the folder belongs to the annotation file"
         )
 
 
@@ -492,7 +428,7 @@ def _select_for_training(content: _Content, keep_empty: bool) -> _Selection:
     if degenerate.any():
         warnings.warn(
             f"{int(degenerate.sum())} boxes less than {MIN_BOX_SIDE:g} px wide or high after clipping were "
-            f"dropped (annotation ids {_listed(content.annotation_ids[annotations[degenerate]])})",
+            f"dropped (annotation ids {listed(content.annotation_ids[annotations[degenerate]])})",
             stacklevel=3,
         )
     clipped_boxes = clipped.astype(np.float32)
@@ -527,26 +463,6 @@ def _summarise(path: Path, content: _Content, selection: _Selection) -> str:
     )
 
 
-def _read_image(path: Path, width: int, height: int) -> NDArray[np.uint8]:
-    """The image as RGB (height, width, 3), in the orientation that has the given size."""
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = file
-            if image.size != (width, height):
-                # The annotator may have seen the picture as cameras mean it, turned by its EXIF tag.
-                image = ImageOps.exif_transpose(image)
-            size = image.size
-            pixels = np.array(image.convert("RGB")) if size == (width, height) else None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and others
-        raise UnreadableImageError(f"cannot read the image {path} ({type(error).__name__}: {error})") from error
-    if pixels is None:
-        raise ValueError(
-            f"{path} is {size[0]} x {size[1]} pixels, but the annotation file says {width} x {height}; the "
-            f"boxes belong to another version of this image"
-        )
-    return pixels
-
-
 def _to_xyxy(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate((boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]), axis=1)
 
@@ -565,15 +481,3 @@ def _repeats(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     repeats = np.ones(len(ids), np.bool_)
     repeats[np.unique(ids, return_index=True)[1]] = False
     return repeats
-
-
-def _offsets(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each of consecutive pieces begins and the last one ends, (len(lengths) + 1,)."""
-    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
-
-
-def _listed(items: Iterable[object]) -> str:
-    """The first few items, and how many more there are."""
-    names = [str(item) for item in items]
-    more = len(names) - _NUM_SHOWN
-    return ", ".join(names[:_NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import cv2
 import numpy as np
@@ -14,12 +14,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from resnest_det.data.coco import CocoDetection, Target
 from resnest_det.distributed import rank as current_rank
 from resnest_det.distributed import world_size as current_world_size
 
-NamedSample: TypeAlias = tuple[Tensor, Target, str]
-Batch: TypeAlias = tuple[list[Tensor], list[Target], list[str]]
+TargetT = TypeVar("TargetT")
+TargetT_co = TypeVar("TargetT_co", covariant=True)
+NamedSample: TypeAlias = tuple[Tensor, TargetT, str]
+Batch: TypeAlias = tuple[list[Tensor], list[TargetT], list[str]]
+
+
+class LoadableDataset(Protocol[TargetT_co]):
+    """What the loaders ask of a data set; its targets may be anything."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+        ...
+
+    def load(self, index: int, seed: int | None = None) -> tuple[Tensor, TargetT_co] | None:
+        """The image (3, H, W) and its target, augmented by `seed`; None for an image that is skipped."""
+        ...
+
+    def file_name(self, index: int) -> str:
+        """The image's file name, for messages."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +152,7 @@ class EvaluationSampler(Sampler[int]):
         return iter(self._indices)
 
 
-def collate(samples: Sequence[NamedSample | None], *, refill: bool = False) -> Batch:
+def collate(samples: Sequence[NamedSample[TargetT] | None], *, refill: bool = False) -> Batch[TargetT]:
     """Samples as lists of images, targets and file names; images differ in size, so nothing is stacked.
 
     Args:
@@ -150,13 +167,13 @@ def collate(samples: Sequence[NamedSample | None], *, refill: bool = False) -> B
 
 
 def train_loader(
-    dataset: CocoDetection,
+    dataset: LoadableDataset[TargetT],
     *,
     batch_size: int,
     num_workers: int,
     seed: int,
     group_by_aspect: bool = True,
-) -> DataLoader[NamedSample | None]:
+) -> DataLoader[NamedSample[TargetT] | None]:
     """Shuffled batches for this process's share of the training.
 
     Call `loader.batch_sampler.set_epoch(epoch)` before every epoch. The batches depend on seed and epoch
@@ -164,20 +181,28 @@ def train_loader(
     comes twice, so that batches keep their size.
 
     Args:
-        dataset: with train=True, and usually a transform.
+        dataset: of training images, usually with a transform; `CocoDetection` or `MaskFolder`, for example.
         batch_size: images in a batch on one process.
         num_workers: processes that decode and augment; 0 does it in this one.
         seed: of the order and the augmentation, not negative.
-        group_by_aspect: put landscape and portrait images into different batches.
+        group_by_aspect: put landscape and portrait images into different batches. The data set then needs
+            `aspect_ratios`, width / height of every image; crops of one size need no groups.
 
     Returns:
         A loader of (images, targets, names).
 
     Raises:
-        ValueError: as `GroupedBatchSampler`, or num_workers is negative.
+        ValueError: as `GroupedBatchSampler`, num_workers is negative, or the data set has no aspect ratios to
+            group by.
     """
+    aspect_ratios = getattr(dataset, "aspect_ratios", None) if group_by_aspect else torch.ones(len(dataset))
+    if aspect_ratios is None:
+        raise ValueError(
+            f"group_by_aspect=True needs the images' aspect ratios, which {type(dataset).__name__} does not know; use "
+            f"group_by_aspect=False"
+        )
     sampler = GroupedBatchSampler(
-        dataset.aspect_ratios,
+        aspect_ratios,
         batch_size,
         seed=seed,
         group=group_by_aspect,
@@ -192,11 +217,13 @@ def train_loader(
     )
 
 
-def eval_loader(dataset: CocoDetection, *, batch_size: int, num_workers: int) -> DataLoader[NamedSample | None]:
+def eval_loader(
+    dataset: LoadableDataset[TargetT], *, batch_size: int, num_workers: int
+) -> DataLoader[NamedSample[TargetT] | None]:
     """Batches of this process's share of an evaluation: every image once, in order.
 
     Args:
-        dataset: with train=False and no transform.
+        dataset: of evaluation images, without a transform.
         batch_size: images in a batch on one process; the last one may be smaller.
         num_workers: processes that decode; 0 does it in this one.
 
@@ -229,16 +256,16 @@ def error_message(error: BaseException) -> str:
     return "\n".join(lines[first:]).partition(": ")[2] or lines[first]
 
 
-class _NamedSamples(Dataset[NamedSample | None]):
+class _NamedSamples(Dataset[NamedSample[TargetT] | None]):
     """The data set as loaders see it: asked with a draw's seed, answering with the file's name."""
 
-    def __init__(self, dataset: CocoDetection) -> None:
+    def __init__(self, dataset: LoadableDataset[TargetT]) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, draw: Draw | int) -> NamedSample | None:
+    def __getitem__(self, draw: Draw | int) -> NamedSample[TargetT] | None:
         index, seed = (draw.index, draw.seed) if isinstance(draw, Draw) else (draw, None)
         sample = self.dataset.load(index, seed)
         return None if sample is None else (*sample, self.dataset.file_name(index))

@@ -4,6 +4,9 @@ It lets training, evaluation and every example run in minutes without a download
 real data sets hold: overlapping and truncated objects in COCO's three sizes, crowds, images without objects,
 landscape and portrait images, category ids with holes.
 
+What shows a class, so that a small network can learn it from random weights in minutes on a CPU: an object's outline and,
+as in photographs, the pattern of its surface, never its colour; a ground's pattern and its colour.
+
 What is annotated:
 
 - Instances are annotated by their visible extent. An object may be covered by those drawn after it, or cut by
@@ -38,7 +41,7 @@ FloatArray = npt.NDArray[np.float32]
 ByteArray = npt.NDArray[np.uint8]
 BoolArray = npt.NDArray[np.bool_]
 
-SAMPLE_VERSION = 1  # raise it whenever the same seed would give other files
+SAMPLE_VERSION = 2  # raise it whenever the same seed would give other files
 MIN_VISIBLE = 0.7  # of an object's full area
 MARKER_NAME = "sample.json"
 
@@ -46,18 +49,24 @@ _SUPERSAMPLING = 4  # shapes are drawn this many times larger, for smooth edges 
 _SUBPIXEL_BITS = 4  # fractional bits of the coordinates given to OpenCV
 _PLACEMENT_ATTEMPTS = 60
 _JPEG_QUALITY = 92
+_PACE = 2 * math.pi / 11  # radians a pixel of the surfaces' waves
 
 
 # ---------------------------------------------------------------------------------------------------- classes
 
 
 class ShapeClass(NamedTuple):
-    """A class of objects: its COCO category and the closed outline, any scale, that is drawn for it."""
+    """A class of objects: its COCO category, and what is drawn for it.
+
+    `outline` is closed and of any scale. `surface` is the pattern in [-1, 1] at distances x and y, in pixels, from the
+    object's middle.
+    """
 
     category_id: int
     name: str
     supercategory: str
     outline: Callable[[], FloatArray]
+    surface: Callable[[FloatArray, FloatArray], FloatArray]
 
 
 def _ring_of_points(num_points: int, radii: tuple[float, ...]) -> FloatArray:
@@ -105,13 +114,42 @@ def _cross() -> FloatArray:
     return np.array(points, dtype=np.float32)
 
 
+def _smooth(x: FloatArray, _y: FloatArray) -> FloatArray:
+    return np.zeros_like(x)
+
+
+def _checks(x: FloatArray, y: FloatArray) -> FloatArray:
+    return _two_toned(2 * np.sin(_PACE * x) * np.sin(_PACE * y))
+
+
+def _bars(_x: FloatArray, y: FloatArray) -> FloatArray:
+    return _two_toned(np.sin(_PACE * y))
+
+
+def _pales(x: FloatArray, _y: FloatArray) -> FloatArray:
+    return _two_toned(np.sin(_PACE * x))
+
+
+def _rings(x: FloatArray, y: FloatArray) -> FloatArray:
+    return _two_toned(np.sin(_PACE * np.hypot(x, y)))
+
+
+def _diagonals(x: FloatArray, y: FloatArray) -> FloatArray:
+    return _two_toned(np.sin(_PACE * (x + y) / math.sqrt(2)))
+
+
+def _two_toned(wave: FloatArray) -> FloatArray:
+    """A wave with broad crests and troughs and steep sides."""
+    return np.tanh(2.5 * wave).astype(np.float32)
+
+
 SHAPES = (
-    ShapeClass(1, "disc", "round", _disc),
-    ShapeClass(2, "square", "straight", _square),
-    ShapeClass(4, "triangle", "straight", _triangle),
-    ShapeClass(5, "star", "pointed", _star),
-    ShapeClass(7, "crescent", "round", _crescent),
-    ShapeClass(9, "cross", "pointed", _cross),
+    ShapeClass(1, "disc", "round", _disc, _smooth),
+    ShapeClass(2, "square", "straight", _square, _checks),
+    ShapeClass(4, "triangle", "straight", _triangle, _bars),
+    ShapeClass(5, "star", "pointed", _star, _pales),
+    ShapeClass(7, "crescent", "round", _crescent, _rings),
+    ShapeClass(9, "cross", "pointed", _cross, _diagonals),
 )
 TEXTURES = ("plain", "clouds", "stripes", "dots", "ripples")  # "plain" is ADE20K's 0, other
 ADE_CLASS_NAMES = tuple(shape.name for shape in SHAPES) + TEXTURES[1:]  # of the values 1, 2, ...
@@ -158,24 +196,25 @@ _OBJECT_COLOURS = (
     (198, 62, 116),  # raspberry
     (92, 148, 62),  # leaf
 )
-# Two grounds of one family meet in a scene; grounds are pale or dark, so that the objects stand out.
-_GROUND_FAMILIES = (
-    ((236, 228, 212), (214, 222, 222)),  # linen, mist
-    ((226, 232, 220), (238, 224, 204)),  # sage, sand
-    ((216, 226, 238), (234, 230, 226)),  # sky, chalk
-    ((240, 220, 214), (226, 224, 234)),  # blush, lilac
-    ((38, 46, 66), (50, 60, 70)),  # night, slate
-    ((34, 52, 56), (58, 50, 66)),  # deep sea, dusk
+# The colour of each texture by day and by night. All are pale or dark, so that the objects stand out.
+_GROUND_COLOURS = (
+    ((232, 230, 226), (46, 48, 54)),  # plain: chalk, slate
+    ((204, 222, 240), (30, 44, 70)),  # clouds: sky, night
+    ((240, 222, 196), (66, 50, 40)),  # stripes: sand, wood
+    ((212, 232, 206), (34, 58, 44)),  # dots: meadow, forest
+    ((226, 212, 236), (52, 40, 66)),  # ripples: lilac, dusk
 )
+_GROUND_VARIATION = 8.0  # of each channel, either way
 _MIN_COLOUR_DISTANCE = 85.0  # Euclidean in RGB, between an object and the grounds
 
 
 class _Patch(NamedTuple):
-    """One filled outline: its points in pixels (N, 2), its size (square root of its area) and RGB colour."""
+    """One filled outline: its points in pixels (N, 2), its size (square root of its area), RGB colour and shape."""
 
     points: FloatArray
     size: float
     colour: FloatArray
+    shape_index: int
 
 
 @dataclass
@@ -211,11 +250,14 @@ def _draw_scene(index: int, rng: np.random.Generator) -> _Scene:
 
 def _draw_ground(height: int, width: int, rng: np.random.Generator) -> tuple[FloatArray, ByteArray, list[FloatArray]]:
     """One or two textured grounds: the image, the texture of each pixel, and the grounds' mean colours."""
-    family = np.array(_GROUND_FAMILIES[rng.integers(len(_GROUND_FAMILIES))], dtype=np.float32)
-    colours = [np.asarray(colour) for colour in rng.permutation(family)]
     first, second = rng.choice(len(TEXTURES), size=2, replace=False)
     if rng.random() < 0.35:
-        second, colours = first, colours[:1]
+        second = first
+    is_night = int(rng.random() < 0.25)
+    colours = [
+        np.array(_GROUND_COLOURS[texture][is_night] + rng.uniform(-_GROUND_VARIATION, _GROUND_VARIATION, 3), np.float32)
+        for texture in (first, second)
+    ]
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     along = np.cos(angle) * (x - width * rng.uniform(0.35, 0.65)) + np.sin(angle) * (
@@ -226,7 +268,7 @@ def _draw_ground(height: int, width: int, rng: np.random.Generator) -> tuple[Flo
 
     share = (along + 0.5).clip(0, 1)[..., None]  # of the first ground; fractions only on the border line
     image = share * _texture(int(first), colours[0], height, width, rng)
-    image += (1 - share) * _texture(int(second), colours[-1], height, width, rng)
+    image += (1 - share) * _texture(int(second), colours[1], height, width, rng)
     textures = np.where(along > 0, first, second).astype(np.uint8)
     return image, textures, colours
 
@@ -251,7 +293,7 @@ def _texture(kind: int, colour: FloatArray, height: int, width: int, rng: np.ran
         tone = 0.6 * np.sin(np.hypot(x - centre_x, y - centre_y) * (2 * np.pi / period) + phase)
     # Light falls off to one side, and no surface is quite even.
     light = np.cos(angle) * (x / width - 0.5) + np.sin(angle) * (y / height - 0.5)
-    tone = 11 * tone + 16 * light + 5 * _noise(height, width, rng)
+    tone = 13 * tone + 10 * light + 4 * _noise(height, width, rng)
     tint = np.array(rng.uniform(0.75, 1.1, 3), dtype=np.float32)
     return np.asarray(colour + tone[..., None] * tint, dtype=np.float32)
 
@@ -341,7 +383,7 @@ def _make_patch(
     angle = rng.uniform(-_TILT, _TILT)
     cosine, sine = math.cos(angle), math.sin(angle)
     turned = points @ np.array([[cosine, sine], [-sine, cosine]], dtype=np.float32)
-    return _Patch(turned + np.array(centre, dtype=np.float32), size, colours[rng.integers(len(colours))])
+    return _Patch(turned + np.array(centre, dtype=np.float32), size, colours[rng.integers(len(colours))], shape_index)
 
 
 def _all_seen_well(before: ByteArray, after: ByteArray, objects: list[_Object]) -> bool:
@@ -391,7 +433,8 @@ def _paint(image: FloatArray, patch: _Patch) -> None:
     y, x = np.mgrid[: window.shape[0], : window.shape[1]].astype(np.float32)
     centre_x, centre_y = points.mean(axis=0)
     light = ((centre_x - x) + (centre_y - y)) / (2 * patch.size)
-    face = patch.colour * (1 + 0.2 * light.clip(-1, 1))[..., None]
+    shade = 1 + 0.2 * light.clip(-1, 1) + 0.22 * SHAPES[patch.shape_index].surface(x - centre_x, y - centre_y)
+    face = patch.colour * shade[..., None]
     rim = _coverage(points, window.shape[:2], 0.9 + 0.02 * patch.size)[..., None]
     face = face * (1 - 0.42 * rim)
     inside = _coverage(points, window.shape[:2], 0)[..., None]

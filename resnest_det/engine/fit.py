@@ -1,4 +1,4 @@
-"""The training loop: one for detection, segmentation and whatever else returns a dict of losses."""
+"""The training loop: one for every model that returns a dict of losses."""
 
 from __future__ import annotations
 

@@ -12,34 +12,53 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 OptimizerName = Literal["sgd", "adamw"]
-ScheduleName = Literal["multistep", "cosine", "constant"]
+ScheduleName = Literal["multistep", "poly", "cosine", "constant"]
 
+_BODY = "backbone."  # what pretrained weights go into; the rest of a model is its head
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: weights, and the parameters of norms with all biases.
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float, norm_weight_decay: float, head_lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters in groups: weights, and the parameters of norms with all biases.
+
+    Where the head has a learning rate of its own, these two of the model's child `backbone` are followed by the two of
+    everything else. A group that would be empty is there nevertheless, so that a checkpoint's groups keep their places.
 
     Args:
         model: frozen parameters (requires_grad False) are left out.
+        lr: learning rate.
         weight_decay: of the weights.
         norm_weight_decay: of norms and biases, which regularising pulls towards no useful value.
+        head_lr_factor: factor on the learning rate of what is not in `backbone`.
 
     Raises:
-        ValueError: the model has no trainable parameter.
+        ValueError: the model has no trainable parameter, or no `backbone` beside which there is a head.
     """
-    weights: list[nn.Parameter] = []
-    norms_and_biases: list[nn.Parameter] = []
-    for module in model.modules():
+    parts: dict[tuple[bool, bool], list[nn.Parameter]] = {
+        (head, small): [] for head in (False, True) for small in (False, True)
+    }
+    for path, module in model.named_modules():
+        head = head_lr_factor != 1 and not f"{path}.".startswith(_BODY)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                small = isinstance(module, _NORMS) or name == "bias"
-                (norms_and_biases if small else weights).append(parameter)
-    if not weights and not norms_and_biases:
+                parts[head, isinstance(module, _NORMS) or name == "bias"].append(parameter)
+    if not any(parts.values()):
         raise ValueError("the model has no trainable parameter: every one is frozen")
+    if head_lr_factor != 1 and not hasattr(model, "backbone"):
+        raise ValueError(
+            f"head_lr_factor={head_lr_factor} needs a model with a child `backbone`, beside which all else is the "
+            f"head; {type(model).__name__} has {', '.join(name for name, _ in model.named_children())}"
+        )
     return [
-        {"params": weights, "weight_decay": weight_decay},
-        {"params": norms_and_biases, "weight_decay": norm_weight_decay},
+        {
+            "params": parameters,
+            "lr": lr * head_lr_factor if head else lr,
+            "weight_decay": norm_weight_decay if small else weight_decay,
+        }
+        for (head, small), parameters in parts.items()
+        if not head or head_lr_factor != 1
     ]
 
 
@@ -52,6 +71,7 @@ def create_optimizer(
     nesterov: bool = False,
     weight_decay: float = 1e-4,
     norm_weight_decay: float = 0.0,
+    head_lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Build the optimiser of a model's trainable parameters.
 
@@ -63,11 +83,18 @@ def create_optimizer(
         nesterov: whether SGD's momentum is Nesterov's.
         weight_decay: of weights.
         norm_weight_decay: of norms and biases.
+        head_lr_factor: factor on the learning rate of what is not in the model's `backbone`.
 
     Raises:
-        ValueError: the name is unknown, or nothing is trainable.
+        ValueError: the name is unknown, nothing is trainable, or a head is asked for where there is no `backbone`.
     """
-    groups = parameter_groups(model, weight_decay, norm_weight_decay)
+    groups = parameter_groups(
+        model,
+        lr=lr,
+        weight_decay=weight_decay,
+        norm_weight_decay=norm_weight_decay,
+        head_lr_factor=head_lr_factor,
+    )
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
     if name == "adamw":
@@ -84,6 +111,7 @@ def learning_rate_factor(
     warmup_factor: float = 0.001,
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
+    power: float = 0.9,
     final_factor: float = 0.0,
 ) -> float:
     """What the learning rate is multiplied by at a step: a pure function, so that a resumed run is on the same curve.
@@ -91,22 +119,26 @@ def learning_rate_factor(
     Args:
         step: optimiser steps done, from 0.
         total_steps: steps of the whole run.
-        schedule: "multistep", "cosine" (half a cosine from the end of the warm-up to final_factor) or "constant".
+        schedule: "multistep"; "poly" (a power of what remains of the run, down to final_factor); "cosine" (half a
+            cosine from the end of the warm-up to final_factor); or "constant".
         warmup_steps: steps over which the factor rises linearly from warmup_factor to that of the schedule.
         warmup_factor: factor at step 0, in (0, 1].
         milestones: for multistep, increasing fractions of the run at which the factor is multiplied by gamma.
         gamma: see milestones.
-        final_factor: for cosine, the factor at the end.
+        power: for poly, the exponent; 1 is a straight line.
+        final_factor: for poly and cosine, the factor at the end.
     """
     if schedule == "multistep":
         factor = gamma ** bisect_right([fraction * total_steps for fraction in milestones], step)
     elif schedule == "cosine":
         done = min(max(step - warmup_steps, 0) / max(total_steps - warmup_steps, 1), 1.0)
         factor = final_factor + (1 - final_factor) * 0.5 * (1 + math.cos(math.pi * done))
+    elif schedule == "poly":
+        factor = final_factor + (1 - final_factor) * (1 - min(step / total_steps, 1.0)) ** power
     elif schedule == "constant":
         factor = 1.0
     else:
-        raise ValueError(f"schedule {schedule!r} is unknown; choose 'multistep', 'cosine' or 'constant'")
+        raise ValueError(f"schedule {schedule!r} is unknown; choose 'multistep', 'poly', 'cosine' or 'constant'")
     if step < warmup_steps:
         factor *= warmup_factor + (1 - warmup_factor) * step / warmup_steps
     return factor
@@ -121,6 +153,7 @@ def create_schedule(
     warmup_factor: float = 0.001,
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
+    power: float = 0.9,
     final_factor: float = 0.0,
 ) -> LambdaLR:
     """The schedule of an optimiser; `step()` it after each optimiser step. Arguments: see learning_rate_factor.
@@ -143,6 +176,7 @@ def create_schedule(
             warmup_factor=warmup_factor,
             milestones=milestones,
             gamma=gamma,
+            power=power,
             final_factor=final_factor,
         )
 

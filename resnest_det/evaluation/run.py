@@ -6,7 +6,7 @@ gave.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from resnest_det.distributed import images_to_device, rank, to_device
+from resnest_det.distributed import images_to_device, rank
 
 
 class Metric(Protocol):
@@ -24,7 +24,7 @@ class Metric(Protocol):
         """Forget every image."""
 
     def update(self, predictions: Any, targets: Any) -> None:
-        """Take in one batch: the model's predictions, on the CPU, and the loader's targets."""
+        """Take in one batch: the model's predictions, on the device it made them, and the loader's targets."""
 
     def merge(self) -> None:
         """Take in what the other processes of the run saw; nothing to do in a single process."""
@@ -39,6 +39,7 @@ def evaluate(
     loader: Iterable[Any],
     metric: Metric,
     *,
+    predict: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -57,6 +58,8 @@ def evaluate(
             tensors or one (N, 3, H, W). They reach the model as float32 in [0, 1]. The targets stay where
             they are.
         metric: see `Metric`.
+        predict: called as predict(model, images), returns the predictions where they take more than one call
+            of the model; None: model(images).
         device: where the images go, which is where the model already is; None: the device of the model's
             first parameter.
         progress: show a progress bar on stderr, on the first process only and only in a terminal.
@@ -80,8 +83,8 @@ def evaluate(
             for images, targets, *_ in bar:
                 if len(images) == 0:  # every image of the batch was unreadable, and skipped
                     continue
-                predictions = network(images_to_device(images, device))
-                metric.update(to_device(predictions, torch.device("cpu")), targets)
+                inputs = images_to_device(images, device)
+                metric.update(network(inputs) if predict is None else predict(network, inputs), targets)
     finally:
         bar.close()
         # Module by module, as train() on the whole would wake up batch norms that were frozen in eval mode.

@@ -1,5 +1,15 @@
 """Arrays in, pictures out: nothing here reads a file, runs a model or knows a data set."""
 
-from resnest_det.visualize.detections import class_colour, compare_detections, contact_sheet, draw_boxes
+from resnest_det.visualize.detections import compare_detections, draw_boxes
+from resnest_det.visualize.pictures import class_colour, contact_sheet
+from resnest_det.visualize.segmentation import class_legend, compare_segmentations, paint_segmentation
 
-__all__ = ["class_colour", "compare_detections", "contact_sheet", "draw_boxes"]
+__all__ = [
+    "class_colour",
+    "class_legend",
+    "compare_detections",
+    "compare_segmentations",
+    "contact_sheet",
+    "draw_boxes",
+    "paint_segmentation",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,32 +9,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-Picture = npt.NDArray[np.uint8]  # (H, W, 3) RGB
-Array = Tensor | npt.NDArray[Any]
-Colour = tuple[int, int, int]
+from resnest_det.visualize.pictures import (
+    BLACK,
+    WHITE,
+    Array,
+    Colour,
+    Picture,
+    as_array,
+    as_picture,
+    class_colour,
+    class_name,
+    contact_sheet,
+    readable_scale,
+)
+
 Rectangle = tuple[float, float, float, float]  # xyxy
-
-_READABLE_SIDE = 480  # an image with a shorter long side is enlarged, so that its labels can be read
-_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-_WHITE: Colour = (255, 255, 255)
-_BLACK: Colour = (16, 16, 16)
-_SHEET_GAP = 12  # pixels
-_SHEET_TITLE_SIZE = 20  # pixels
-
-
-def class_colour(label: int) -> Colour:
-    """The RGB colour, 0..255, that a class has in every picture.
-
-    Neighbouring labels differ most: the golden ratio spreads the hues, and three shades alternate.
-
-    Args:
-        label: the class's label, from 0.
-    """
-    saturation, value = ((0.85, 0.92), (0.80, 0.78), (1.00, 0.62))[label % 3]
-    red, green, blue = colorsys.hsv_to_rgb((label * _GOLDEN_RATIO) % 1.0, saturation, value)
-    return round(red * 255), round(green * 255), round(blue * 255)
 
 
 def draw_boxes(
@@ -68,8 +57,8 @@ def draw_boxes(
     Raises:
         ValueError: a wrong shape, kind or number of values, or a label without a name.
     """
-    pixels = _as_picture(image)
-    boxes = _as_array(boxes_xyxy)
+    pixels = as_picture(image)
+    boxes = as_array(boxes_xyxy)
     if boxes.size == 0:
         boxes = boxes.reshape(0, 4)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
@@ -80,8 +69,8 @@ def draw_boxes(
             f"leave those boxes out"
         )
     num_boxes = len(boxes)
-    names = [_class_name(int(label), class_names) for label in _one_per_box(labels, "labels", num_boxes)]
-    colours = [class_colour(int(label)) for label in _as_array(labels)]
+    names = [class_name(int(label), class_names) for label in _one_per_box(labels, "labels", num_boxes)]
+    colours = [class_colour(int(label)) for label in as_array(labels)]
     crowds = np.zeros(num_boxes) if iscrowd is None else _one_per_box(iscrowd, "iscrowd", num_boxes)
     order = np.arange(num_boxes)
     if scores is not None:
@@ -91,7 +80,7 @@ def draw_boxes(
 
     height, width = pixels.shape[:2]
     if scale is None:
-        scale = max(1, math.ceil(_READABLE_SIDE / max(height, width)))
+        scale = readable_scale(height, width)
     elif scale < 1:
         raise ValueError(f"scale is {scale}, expected a whole number from 1; leave it out for a fitting one")
     canvas = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
@@ -114,72 +103,6 @@ def draw_boxes(
         middle = ((tag[0] + tag[2]) // 2, (tag[1] + tag[3]) // 2)
         draw.text(middle, names[index], fill=_text_colour(colours[index]), font=font, anchor="mm")
     return np.asarray(canvas).copy()
-
-
-def contact_sheet(
-    rows: Sequence[Sequence[Picture]],
-    *,
-    column_titles: Sequence[str],
-    row_titles: Sequence[str] | None = None,
-) -> Picture:
-    """Pictures in rows and columns on white, with headings.
-
-    Args:
-        rows: the pictures, uint8 (H, W, 3) of any sizes; every row has one for each column.
-        column_titles: what stands above each column.
-        row_titles: what stands above each row's pictures, such as a file name; None for nothing.
-
-    Returns:
-        The sheet (H, W, 3), uint8.
-
-    Raises:
-        ValueError: no rows, a row of another length than `column_titles`, or not one title a row.
-    """
-    if not rows:
-        raise ValueError("rows is empty, expected at least one row of pictures")
-    for number, row in enumerate(rows):
-        if len(row) != len(column_titles):
-            raise ValueError(
-                f"row {number} has {len(row)} pictures, expected {len(column_titles)}, one for each of the "
-                f"column_titles {list(column_titles)}"
-            )
-    if row_titles is not None and len(row_titles) != len(rows):
-        raise ValueError(f"row_titles has {len(row_titles)} titles for {len(rows)} rows; give one a row")
-
-    pictures = [[_as_picture(picture) for picture in row] for row in rows]
-    widths = [max(picture.shape[1] for picture in column) for column in zip(*pictures, strict=True)]
-    heights = [max(picture.shape[0] for picture in row) for row in pictures]
-    title_height = _SHEET_TITLE_SIZE + _SHEET_GAP
-    caption_height = 0 if row_titles is None else title_height
-    sheet = Image.new(
-        "RGB",
-        (
-            sum(widths) + _SHEET_GAP * (len(widths) + 1),
-            title_height + sum(heights) + (caption_height + _SHEET_GAP) * len(rows) + _SHEET_GAP,
-        ),
-        _WHITE,
-    )
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=_SHEET_TITLE_SIZE)
-    caption_font = ImageFont.load_default(size=round(0.75 * _SHEET_TITLE_SIZE))
-
-    left = _SHEET_GAP
-    for title, width in zip(column_titles, widths, strict=True):
-        draw.text((left + width / 2, _SHEET_GAP), title, fill=_BLACK, font=font, anchor="mt")
-        left += width + _SHEET_GAP
-    top = title_height + _SHEET_GAP
-    for number, row in enumerate(pictures):
-        if row_titles is not None:
-            draw.text((_SHEET_GAP, top + _SHEET_GAP), row_titles[number], fill=_BLACK, font=caption_font)
-            top += caption_height
-        left = _SHEET_GAP
-        for picture, width in zip(row, widths, strict=True):
-            # Centred in its cell, for portraits and landscapes share columns.
-            cell = (left + (width - picture.shape[1]) // 2, top + (heights[number] - picture.shape[0]) // 2)
-            sheet.paste(Image.fromarray(picture), cell)
-            left += width + _SHEET_GAP
-        top += heights[number] + _SHEET_GAP
-    return np.asarray(sheet).copy()
 
 
 def compare_detections(
@@ -214,48 +137,24 @@ def compare_detections(
         )
     rows = []
     for image, target, prediction in zip(images, targets, predictions, strict=True):
-        certain = _as_array(prediction["scores"]) >= min_score
-        boxes, labels, scores = (_as_array(prediction[key])[certain] for key in ("boxes", "labels", "scores"))
+        certain = as_array(prediction["scores"]) >= min_score
+        boxes, labels, scores = (as_array(prediction[key])[certain] for key in ("boxes", "labels", "scores"))
         truth = draw_boxes(image, target["boxes"], target["labels"], class_names, iscrowd=target.get("iscrowd"))
         rows.append([truth, draw_boxes(image, boxes, labels, class_names, scores)])
     return contact_sheet(rows, column_titles=("ground truth", "prediction"), row_titles=names)
 
 
-def _as_array(values: Array) -> npt.NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-
-
-def _as_picture(image: Array) -> Picture:
-    """The image as an array (H, W, 3)."""
-    pixels = _as_array(image)
-    if pixels.dtype != np.uint8:
-        raise ValueError(f"image is of {pixels.dtype}, expected uint8 in 0..255; scale and convert it")
-    layout = "(3, H, W) for a tensor" if isinstance(image, Tensor) else "(H, W, 3) for an array"
-    if isinstance(image, Tensor) and pixels.ndim == 3:
-        pixels = pixels.transpose(1, 2, 0)
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
-        raise ValueError(f"image has shape {tuple(image.shape)}, expected {layout}, not empty")
-    return np.ascontiguousarray(pixels)
-
-
 def _one_per_box(values: Array, name: str, num_boxes: int) -> npt.NDArray[Any]:
-    array = _as_array(values)
+    array = as_array(values)
     if array.shape != (num_boxes,):
         raise ValueError(f"{name} has shape {array.shape}, expected ({num_boxes},); give one value a box")
     return array
 
 
-def _class_name(label: int, class_names: Mapping[int, str]) -> str:
-    if label not in class_names:
-        known = ", ".join(f"{key} {name}" for key, name in list(class_names.items())[:10])
-        raise ValueError(f"label {label} has no name in class_names, which begins: {known}; add it")
-    return class_names[label]
-
-
 def _text_colour(background: Colour) -> Colour:
     """Black or white, whichever is read better (by the luma of ITU-R BT.601)."""
     red, green, blue = background
-    return _BLACK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else _WHITE
+    return BLACK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else WHITE
 
 
 def _inside(box: npt.NDArray[Any], size: tuple[int, int]) -> Rectangle:

@@ -1,4 +1,4 @@
-"""DetectionAugmentation: seeded, boxes with the image, masks of the resizing."""
+"""DetectionAugmentation and SegmentationAugmentation: seeded, boxes and masks with the image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from resnest_det.data import DetectionAugmentation
+from resnest_det.data import DetectionAugmentation, SegmentationAugmentation
 from resnest_det.data.augment import RandomShortSide
 
 HEIGHT, WIDTH = 48, 64
@@ -161,3 +161,164 @@ def test_refuses(arguments: dict[str, Any], message: str) -> None:
 
 def test_albumentations_does_not_ask_the_network() -> None:
     assert os.environ["NO_ALBUMENTATIONS_UPDATE"]
+
+
+# --- SegmentationAugmentation
+
+MEAN_COLOUR = [124, 116, 104]
+
+
+def unscaled(crop_size: int, **arguments: Any) -> SegmentationAugmentation:
+    """Crops alone, unless `arguments` say otherwise."""
+    return SegmentationAugmentation(crop_size, **({"scale": (1, 1), "horizontal_flip": 0} | arguments))
+
+
+@pytest.fixture(params=["columns", "rows"])
+def striped(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray]:
+    """Stripes of two classes, 12 pixels wide; the image's red is 200 where the class is 1."""
+    mask = (np.arange(192, dtype=np.uint8) // 12 % 2)[None].repeat(150, axis=0)
+    mask = mask if request.param == "columns" else np.ascontiguousarray(mask.T)
+    return np.stack((mask * 200, np.zeros_like(mask), np.zeros_like(mask)), axis=2), mask
+
+
+@pytest.mark.parametrize("base_size", [0, 100, 400])
+def test_mask_stays_on_its_image(striped: tuple[np.ndarray, np.ndarray], base_size: int) -> None:
+    augment = SegmentationAugmentation(128, base_size=base_size, vertical_flip=0.5)
+    for seed in range(20):
+        crop, crop_mask = augment(*striped, seed)
+        assert (crop.shape, crop.dtype) == ((128, 128, 3), np.uint8)
+        assert (crop_mask.shape, crop_mask.dtype) == ((128, 128), np.uint8)
+        inside = crop_mask != 255
+        assert (crop[~inside] == MEAN_COLOUR).all()
+        assert np.unique(crop_mask[inside]).tolist() == [0, 1]
+        # Where bilinear mixes two stripes, the nearest one has the larger share.
+        mixed = np.abs(crop[..., 0].astype(int) - crop_mask.astype(int) * 200)[inside]
+        assert mixed.max() <= 101
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.8, 1.3, 2.0])
+def test_scale(scale: float) -> None:
+    y, x = np.mgrid[:120, :200].astype(np.uint8)
+    augment = unscaled(50, scale=(scale, scale))
+    for seed in range(5):
+        crop, _ = augment(np.stack((x, y, x), axis=2), x, seed)
+        assert int(crop[25, 49, 0]) - int(crop[25, 0, 0]) == pytest.approx(49 / scale, abs=2)
+        assert int(crop[49, 25, 1]) - int(crop[0, 25, 1]) == pytest.approx(49 / scale, abs=2)
+
+
+def test_scales_are_drawn_from_the_range_of_the_base_size() -> None:
+    image, mask = np.full((20, 30, 3), 9, np.uint8), np.full((20, 30), 3, np.uint8)
+    augment = SegmentationAugmentation(300, base_size=100, scale=(0.5, 2.0))
+    heights = [int((augment(image, mask, seed)[1] == 3).any(axis=1).sum()) for seed in range(200)]
+    assert 50 <= min(heights) < 60
+    assert 190 < max(heights) <= 200
+    assert np.mean(heights) == pytest.approx(125, abs=10)  # evenly: standard error 3
+
+
+def test_crops_come_from_everywhere() -> None:
+    y, x = np.mgrid[:40, :60].astype(np.uint8)
+    augment = unscaled(20)
+    corners = {augment(np.stack((x, y, x), axis=2), x, seed)[0][0, 0].tobytes() for seed in range(2000)}
+    xs, ys = ({corner[place] for corner in corners} for place in (0, 1))
+    assert ys == set(range(21))
+    assert xs == set(range(41))
+
+
+def test_small_image_is_padded_right_and_below() -> None:
+    image, mask = np.full((3, 5, 3), 9, np.uint8), np.full((3, 5), 7, np.uint8)
+    crop, crop_mask = unscaled(8, color_jitter=1)(image, mask, 0)
+    assert (crop_mask[:3, :5] == 7).all()
+    assert (crop_mask == 255).sum() == 64 - 15
+    assert (crop[crop_mask == 255] == MEAN_COLOUR).all()  # jitter does not colour the padding
+
+
+def test_flips_move_image_and_mask() -> None:
+    mask = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    image = np.stack((mask, mask, mask), axis=2)
+    crop, crop_mask = unscaled(4, horizontal_flip=1, vertical_flip=1, max_class_ratio=1)(image, mask, 0)
+    assert (crop == image[::-1, ::-1]).all()
+    assert (crop_mask == mask[::-1, ::-1]).all()
+
+
+def test_crops_with_one_class_are_drawn_again() -> None:
+    mask = np.zeros((100, 100), np.uint8)
+    mask[:, 70:80] = 1
+    image = np.zeros((100, 100, 3), np.uint8)
+
+    def num_varied(max_class_ratio: float) -> int:
+        augment = unscaled(20, max_class_ratio=max_class_ratio)
+        shares = [np.bincount(augment(image, mask, seed)[1].ravel()).max() / 400 for seed in range(200)]
+        return sum(share <= 0.75 for share in shares)
+
+    # Class 1 fills a quarter of the crop, 5 columns, at 21 of the 81 places from left to right.
+    assert num_varied(1.0) < 80
+    assert num_varied(0.75) > 180  # expected: 1 - (60 / 81)^10, 95 % of 200
+
+
+def test_ignored_pixels_do_not_count_as_a_class() -> None:
+    mask = np.full((40, 40), 255, np.uint8)
+    mask[::8], mask[4::8] = 0, 1
+    image = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
+    for seed in range(10):  # the first crop is taken, as without a limit
+        limited, free = (unscaled(16, max_class_ratio=ratio)(image, mask, seed) for ratio in (0.6, 1.0))
+        assert (limited[0] == free[0]).all()
+
+
+@pytest.mark.parametrize("value", [0, 3, 255])
+def test_mask_of_one_value_still_gives_a_crop(value: int) -> None:
+    """Of a class, or ignored altogether: no draw can be varied."""
+    crop_mask = SegmentationAugmentation(16)(np.zeros((40, 50, 3), np.uint8), np.full((40, 50), value, np.uint8), 0)[1]
+    assert np.unique(crop_mask).tolist() == [value]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (2, 3)])
+@pytest.mark.parametrize("base_size", [0, 512])
+def test_one_pixel_and_thin_images(shape: tuple[int, int], base_size: int) -> None:
+    image, mask = np.full((*shape, 3), 9, np.uint8), np.full(shape, 5, np.uint8)
+    for seed in range(10):
+        crop, crop_mask = SegmentationAugmentation(32, base_size=base_size)(image, mask, seed)
+        assert crop.shape == (32, 32, 3)
+        assert crop_mask[0, 0] == 5
+        assert (crop[crop_mask == 5] == 9).all()
+
+
+def test_segmentation_depends_on_the_seed_alone(striped: tuple[np.ndarray, np.ndarray]) -> None:
+    def make() -> SegmentationAugmentation:
+        return SegmentationAugmentation(64, vertical_flip=0.5, color_jitter=0.8)
+
+    one, other = make(), make()
+    in_order = [one(*striped, seed) for seed in range(8)]
+    np.random.seed(5)
+    torch.manual_seed(5)
+    backwards = [other(*striped, seed) for seed in reversed(range(8))][::-1]
+    for first, second in zip(in_order, backwards, strict=True):
+        assert all((a == b).all() for a, b in zip(first, second, strict=True))
+    assert len({image.tobytes() for image, _ in in_order}) == 8
+    assert len({one(*striped)[0].tobytes() for _ in range(5)}) == 5  # without a seed, drawn afresh
+
+
+def test_segmentation_leaves_its_input_alone(striped: tuple[np.ndarray, np.ndarray]) -> None:
+    image, mask = (array.copy() for array in striped)
+    SegmentationAugmentation(64, horizontal_flip=1, vertical_flip=1, color_jitter=1)(image, mask, 0)
+    assert (image == striped[0]).all()
+    assert (mask == striped[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"crop_size": 0}, "crop_size=0, base_size=0: sizes are pixels"),
+        ({"base_size": -1}, "crop_size=64, base_size=-1: sizes are pixels"),
+        ({"scale": (0, 1)}, "scale=(0, 1) must be two positive numbers, the smaller one first"),
+        ({"scale": (2, 0.5)}, "scale=(2, 0.5) must be two positive numbers"),
+        ({"scale": (1, float("inf"))}, "scale=(1, inf) must be two positive numbers"),
+        ({"max_class_ratio": 0}, "max_class_ratio=0 is outside (0, 1]; use 1 for no limit"),
+        ({"max_class_ratio": 1.1}, "max_class_ratio=1.1 is outside (0, 1]"),
+        ({"horizontal_flip": 1.5}, "horizontal_flip=1.5 is outside [0, 1]"),
+        ({"vertical_flip": -1}, "vertical_flip=-1 is outside [0, 1]"),
+        ({"color_jitter": 2}, "color_jitter=2 is outside [0, 1]"),
+    ],
+)
+def test_segmentation_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SegmentationAugmentation(**({"crop_size": 64} | arguments))

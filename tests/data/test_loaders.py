@@ -259,6 +259,34 @@ def test_loaders_refuse(
         make(CocoDetection(*files), **arguments, **seed)
 
 
+class Bare:
+    """The least that the loaders ask for; its targets are strings."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def load(self, index: int, seed: int | None = None) -> tuple[torch.Tensor, str] | None:
+        return torch.tensor(index), f"seed {seed}"
+
+    def file_name(self, index: int) -> str:
+        return f"{index}.jpg"
+
+
+def test_loaders_take_any_data_set_that_loads() -> None:
+    assert list(eval_loader(Bare(), batch_size=5, num_workers=0)) == [
+        ([torch.tensor(index) for index in range(5)], ["seed None"] * 5, [f"{index}.jpg" for index in range(5)])
+    ]
+    batches = list(train_loader(Bare(), batch_size=2, num_workers=0, seed=0, group_by_aspect=False))
+    sampler = GroupedBatchSampler(torch.ones(5), 2, seed=0, group=False)
+    assert [targets for _, targets, _ in batches] == [[f"seed {draw.seed}" for draw in batch] for batch in sampler]
+    assert [names for _, _, names in batches] == [[f"{index}.jpg" for index in batch] for batch in indices(sampler)]
+
+
+def test_grouping_needs_aspect_ratios() -> None:
+    with pytest.raises(ValueError, match="which Bare does not know; use group_by_aspect=False"):
+        train_loader(Bare(), batch_size=2, num_workers=0, seed=0)
+
+
 def test_coco_tiny_from_end_to_end(real_data: Callable[[str], Path]) -> None:
     folder = real_data("coco_tiny")
     data = CocoDetection(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,13 @@ def factors(total: int = 100, **arguments: object) -> list[float]:
     return [learning_rate_factor(step, total_steps=total, **arguments) for step in range(total + 1)]
 
 
+def groups(net: nn.Module, **arguments: float) -> list[dict[str, Any]]:
+    return parameter_groups(net, **{"lr": 0.1, "weight_decay": 1e-4, "norm_weight_decay": 0.0, **arguments})
+
+
 def test_norms_and_biases_are_apart() -> None:
     net = create_backbone("resnest14")
-    weights, rest = parameter_groups(net, 1e-4, 0.0)
+    weights, rest = groups(net)
     assert (weights["weight_decay"], rest["weight_decay"]) == (1e-4, 0.0)
     assert all(p.ndim > 1 for p in weights["params"])
     assert all(p.ndim == 1 for p in rest["params"])
@@ -29,10 +34,41 @@ def test_norms_and_biases_are_apart() -> None:
 def test_frozen_parameters_are_left_out() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     net[0].requires_grad_(False)
-    assert [len(group["params"]) for group in parameter_groups(net, 0.1, 0.0)] == [1, 1]
+    assert [len(group["params"]) for group in groups(net)] == [1, 1]
     net.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter: every one is frozen"):
-        parameter_groups(net, 0.1, 0.0)
+        groups(net)
+
+
+def test_head_has_a_learning_rate_of_its_own() -> None:
+    net = nn.Module()
+    net.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    net.backbone_like = nn.Linear(4, 2)  # a name that only begins as the body's does
+    found = groups(net, head_lr_factor=10.0, weight_decay=0.5, norm_weight_decay=0.25)
+    assert [group["lr"] for group in found] == [0.1, 0.1, 1.0, 1.0]
+    assert [group["weight_decay"] for group in found] == [0.5, 0.25, 0.5, 0.25]
+    conv, norm = net.backbone
+    expected = [
+        [conv.weight],
+        [conv.bias, norm.weight, norm.bias],
+        [net.backbone_like.weight],
+        [net.backbone_like.bias],
+    ]
+    for group, parameters in zip(found, expected, strict=True):
+        assert {id(p) for p in group["params"]} == {id(p) for p in parameters}
+    optimizer = create_optimizer(net, "sgd", lr=0.1, head_lr_factor=10.0)
+    schedule = create_schedule(optimizer, total_steps=10, schedule="poly", power=1.0)
+    for _ in range(5):
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([0.05, 0.05, 0.5, 0.5])
+
+
+def test_head_factor_needs_a_backbone() -> None:
+    with pytest.raises(
+        ValueError, match=r"head_lr_factor=10.0 needs a model with a child `backbone`.*Sequential has 0"
+    ):
+        groups(nn.Sequential(nn.Linear(2, 2)), head_lr_factor=10.0)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -58,6 +94,14 @@ def test_multistep() -> None:
     assert values[:60] == [1.0] * 60
     assert values[60:90] == pytest.approx([0.1] * 30)
     assert values[90:] == pytest.approx([0.01] * 11)
+
+
+def test_poly() -> None:
+    values = factors(schedule="poly", power=0.9, final_factor=0.01)
+    assert values[0] == 1.0
+    assert values[50] == pytest.approx(0.01 + 0.99 * 0.5**0.9)
+    assert values[100] == pytest.approx(0.01)
+    assert factors(schedule="poly", power=1.0)[25] == pytest.approx(0.75)
 
 
 def test_cosine() -> None:

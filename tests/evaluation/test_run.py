@@ -155,6 +155,58 @@ def test_any_model_and_metric() -> None:
     assert metric.calls == ["reset", "update", "update", "merge", "compute"]
 
 
+class Recorder:
+    """Keeps what `evaluate` handed over."""
+
+    def __init__(self) -> None:
+        self.predictions: list[Any] = []
+
+    def reset(self) -> None:
+        self.predictions = []
+
+    def update(self, predictions: Any, targets: Any) -> None:
+        self.predictions.append(predictions)
+
+    def merge(self) -> None:
+        """One process."""
+
+    def compute(self) -> dict[str, float]:
+        return {}
+
+
+def test_predict_takes_the_place_of_calling_the_model() -> None:
+    model = FixedDetector(BOX).train()
+    answers = [object(), object()]
+    calls = []
+
+    def predict(given: nn.Module, images: list[Tensor]) -> object:
+        assert not given.training
+        assert torch.is_inference_mode_enabled()
+        calls.append((given, images))
+        return answers[len(calls) - 1]
+
+    metric = Recorder()
+    evaluate(model, batches(range(2)), metric, predict=predict)
+    assert [given for given, _ in calls] == [model, model]
+    assert all(torch.equal(images[0], torch.full((3, 64, 64), 0.2)) for _, images in calls)
+    assert all(got is answer for got, answer in zip(metric.predictions, answers, strict=True))
+    assert model.seen == []
+    assert model.training
+
+
+def test_predictions_stay_where_the_model_made_them() -> None:
+    metric = Recorder()
+    device = torch.device("meta")
+    evaluate(nn.Identity(), batches(range(1)), metric, device=device)
+    assert metric.predictions[0][0].device == device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_average_precision_of_predictions_on_a_gpu() -> None:
+    numbers = evaluate(FixedDetector(BOX.cuda()).cuda(), batches(range(3)), cats())
+    assert numbers["AP"] == pytest.approx(1.0)
+
+
 def test_images_go_to_the_device_asked_for() -> None:
     model = FixedDetector(BOX)
     evaluate(model, batches(range(1)), cats(), device=torch.device("meta"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from resnest_det.visualize import class_colour, compare_detections, contact_sheet, draw_boxes
+from resnest_det.visualize import class_colour, compare_detections, draw_boxes
 
 NAMES = {1: "disc", 2: "square", 3: "a name that is far too long for its box"}
 GREY = np.full((60, 80, 3), 128, dtype=np.uint8)
@@ -20,14 +20,6 @@ def has_colour(picture: np.ndarray, label: int) -> np.ndarray:
 def num_text_pixels(picture: np.ndarray) -> int:
     """On a grey image nothing but the names' letters is white or nearly black."""
     return np.count_nonzero((picture == 255).all(axis=-1) | (picture == 16).all(axis=-1))
-
-
-def test_colours_are_stable_and_all_different() -> None:
-    colours = [class_colour(label) for label in range(200)]
-    assert colours == [class_colour(label) for label in range(200)]
-    assert len(set(colours)) == 200
-    neighbours = np.abs(np.diff(np.array(colours), axis=0)).sum(axis=1)
-    assert neighbours.min() > 120
 
 
 def test_box_is_drawn_where_it_is() -> None:
@@ -136,33 +128,6 @@ def test_wrong_input(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"image": GREY, "boxes_xyxy": BOX, "labels": np.array([1]), "class_names": NAMES}
     with pytest.raises(ValueError, match=message):
         draw_boxes(**(arguments | change))
-
-
-def test_contact_sheet_holds_every_picture() -> None:
-    colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (200, 200, 0)]]
-    sizes = [[(30, 40), (30, 40)], [(60, 20), (10, 20)]]
-    rows = [
-        [np.broadcast_to(np.uint8(colour), (*size, 3)) for colour, size in zip(*row, strict=True)]
-        for row in zip(colours, sizes, strict=True)
-    ]
-    sheet = contact_sheet(rows, column_titles=("left", "right"))
-    for row_colours, row_sizes in zip(colours, sizes, strict=True):
-        for colour, (height, width) in zip(row_colours, row_sizes, strict=True):
-            assert np.count_nonzero((sheet == colour).all(axis=-1)) == height * width
-    assert (sheet[0] == 255).all()
-    assert (sheet[:, 0] == 255).all()
-
-    captioned = contact_sheet(rows, column_titles=("left", "right"), row_titles=("one", "two"))
-    assert captioned.shape[0] > sheet.shape[0]
-
-
-def test_contact_sheet_refuses() -> None:
-    with pytest.raises(ValueError, match=r"rows is empty"):
-        contact_sheet([], column_titles=("left",))
-    with pytest.raises(ValueError, match=r"row 1 has 1 pictures, expected 2.*\['left', 'right'\]"):
-        contact_sheet([[GREY, GREY], [GREY]], column_titles=("left", "right"))
-    with pytest.raises(ValueError, match=r"row_titles has 2 titles for 1 rows"):
-        contact_sheet([[GREY]], column_titles=("left",), row_titles=("one", "two"))
 
 
 def test_compare_detections_draws_truth_left_and_prediction_right() -> None:
