@@ -27,14 +27,15 @@ ROOMS = [
 
 def test_promised_names() -> None:
     from resnest_det import create_backbone, fpn_backbone, list_backbones, load_weights, resnest50, stage_extractor
-    from resnest_det.data import CocoDetection
-    from resnest_det.evaluation import CocoMeanAveragePrecision, evaluate
+    from resnest_det.data import ADE20K, CocoDetection
+    from resnest_det.evaluation import CocoMeanAveragePrecision, MeanIoU, evaluate
     from resnest_det.layers import SplitAttentionConv2d
-    from resnest_det.models import faster_rcnn
+    from resnest_det.models import deeplabv3plus, faster_rcnn
 
     promised = [
         *(create_backbone, fpn_backbone, list_backbones, load_weights, resnest50, stage_extractor),
         *(CocoDetection, CocoMeanAveragePrecision, evaluate, SplitAttentionConv2d, faster_rcnn),
+        *(ADE20K, MeanIoU, deeplabv3plus),
     ]
     assert all(callable(name) for name in promised)
     assert set(list_backbones()) <= set(resnest_det.__all__)

@@ -4,8 +4,8 @@ It lets training, evaluation and every example run in minutes without a download
 real data sets hold: overlapping and truncated objects in COCO's three sizes, crowds, images without objects,
 landscape and portrait images, category ids with holes.
 
-What shows a class, so that a small network can learn it from random weights in minutes on a CPU: an object's outline and,
-as in photographs, the pattern of its surface, never its colour; a ground's pattern and its colour.
+What shows a class, so that a small network can learn it from random weights in minutes on a CPU: an object's
+outline and, as in photographs, the pattern of its surface, never its colour; a ground's pattern and its colour.
 
 What is annotated:
 
@@ -130,8 +130,8 @@ def _pales(x: FloatArray, _y: FloatArray) -> FloatArray:
     return _two_toned(np.sin(_PACE * x))
 
 
-def _rings(x: FloatArray, y: FloatArray) -> FloatArray:
-    return _two_toned(np.sin(_PACE * np.hypot(x, y)))
+def _spots(x: FloatArray, y: FloatArray) -> FloatArray:
+    return _two_toned(2 * np.sin(_PACE * x) * np.sin(_PACE * y) - 1)
 
 
 def _diagonals(x: FloatArray, y: FloatArray) -> FloatArray:
@@ -148,7 +148,7 @@ SHAPES = (
     ShapeClass(2, "square", "straight", _square, _checks),
     ShapeClass(4, "triangle", "straight", _triangle, _bars),
     ShapeClass(5, "star", "pointed", _star, _pales),
-    ShapeClass(7, "crescent", "round", _crescent, _rings),
+    ShapeClass(7, "crescent", "round", _crescent, _spots),
     ShapeClass(9, "cross", "pointed", _cross, _diagonals),
 )
 TEXTURES = ("plain", "clouds", "stripes", "dots", "ripples")  # "plain" is ADE20K's 0, other

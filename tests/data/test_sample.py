@@ -225,6 +225,17 @@ def test_colour_does_not_give_the_class_away() -> None:
     assert len(pairs) >= 0.8 * len(colours) * len(SHAPES)
 
 
+def test_surfaces_of_the_shapes_are_told_apart() -> None:
+    y, x = np.mgrid[-40:41, -40:41].astype(np.float32)
+    surfaces = [shape.surface(x, y).ravel() for shape in SHAPES]
+    assert all(np.abs(surface).max() <= 1 for surface in surfaces)
+    for index, one in enumerate(surfaces):
+        for other in surfaces[:index]:
+            likeness = abs(np.mean((one - one.mean()) * (other - other.mean()))) / (one.std() * other.std() + 1e-6)
+            assert likeness < 0.8
+            assert np.abs(one - other).mean() > 0.3
+
+
 def test_outlines_are_simple_polygons_of_the_stated_area() -> None:
     rng = np.random.default_rng(0)
     for shape_index, shape in enumerate(SHAPES):

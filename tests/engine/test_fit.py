@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from resnest_det import engine
 from resnest_det.engine import create_schedule, fit, load_checkpoint, new_run_folder, read_metrics
 from resnest_det.engine.journal import Journal
 
@@ -267,3 +269,11 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
     Journal(tmp_path, keep_steps=20)
     assert read_metrics(path) == [{"kind": "train", "step": 20}]
     assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_the_engine_knows_no_task() -> None:
+    sources = sorted(Path(engine.__file__).parent.glob("*.py"))
+    assert len(sources) == 5
+    for source in sources:
+        found = re.findall(r"(?i)detect\w*|segment\w*|coco|ade20k|miou|mask\w*|box\w*", source.read_text())
+        assert not found, f"{source.name} names {found}"
