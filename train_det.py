@@ -26,7 +26,9 @@ from resnest_det.engine import check_class_names, fit, load_checkpoint
 from resnest_det.evaluation import CocoMeanAveragePrecision, evaluate
 from resnest_det.experiment import (
     find_checkpoint,
+    memory_format,
     report_skipped,
+    results_folder,
     run_folder,
     run_script,
     spread_samples,
@@ -70,9 +72,8 @@ def train(command: Command[DetectionSettings]) -> None:
         seed=settings.run.seed,
         group_by_aspect=settings.data.group_by_aspect,
     )
-    model = build_detector(settings.model, train_set.num_classes, load_weights=not command.resume).to(device)
-    if settings.run.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    model = build_detector(settings.model, train_set.num_classes, load_weights=not command.resume)
+    model.to(device).to(memory_format=memory_format(settings))
     check_batch_size(model, min(settings.data.batch_size, len(train_set)))
     optimizer, scheduler = build_optimizer(settings.optim, model, len(batches))
     metric = CocoMeanAveragePrecision(val_set.class_names)
@@ -86,7 +87,7 @@ def train(command: Command[DetectionSettings]) -> None:
             f"{settings.optim.epochs} epochs of {len(batches)} steps on {device}; run folder {folder}",
             flush=True,
         )
-        fit(
+        results = fit(
             model,
             batches,
             optimizer,
@@ -105,8 +106,9 @@ def train(command: Command[DetectionSettings]) -> None:
     best = load_checkpoint(folder / "best.pt")
     if command.resume or best["epoch"] < settings.optim.epochs:
         model.load_state_dict(best["model"])
-        measure()
+        results = measure()
     print(f"best checkpoint, after epoch {best['epoch']}:\n{metric.table()}")
+    write_results(folder / "results.json", settings.eval, results, metric.per_class())
     report_skipped(train_set, val_set)
     draw(model, val_set, folder / "predictions.png", settings.run.num_pictures, device)
 
@@ -118,16 +120,18 @@ def evaluate_only(command: Command[DetectionSettings], checkpoint: Path) -> None
     val_set = build_coco_set(settings.data, "val")
     model = build_detector(settings.model, val_set.num_classes, load_weights=False)
     file = find_checkpoint(checkpoint)
-    load_weights(model, file)
     check_class_names(file, val_set.class_names)
-    model.to(device)
+    load_weights(model, file)
+    model.to(device).to(memory_format=memory_format(settings))
     print(f"{file}\nval: {val_set.summary()}", flush=True)
     metric = CocoMeanAveragePrecision(val_set.class_names)
     val_batches = eval_loader(val_set, batch_size=settings.data.eval_batch_size, num_workers=settings.data.num_workers)
     results = evaluate(model, val_batches, metric, device=device)
     print(metric.table())
     report_skipped(val_set)
-    picture = write_results(settings, file, val_set.annotation_file.stem, results)
+    folder, name = results_folder(settings, file), f"{file.stem}_{val_set.annotation_file.stem}"
+    written = write_results(folder / f"results_{name}.json", settings.eval, results, metric.per_class())
+    picture = written.with_name(f"{written.stem.replace('results', 'predictions', 1)}.png")
     draw(model, val_set, picture, settings.run.num_pictures, device)
 
 

@@ -33,7 +33,9 @@ from resnest_det.engine import check_class_names, fit, load_checkpoint
 from resnest_det.evaluation import MeanIoU, SegmentationInference, evaluate
 from resnest_det.experiment import (
     find_checkpoint,
+    memory_format,
     report_skipped,
+    results_folder,
     run_folder,
     run_script,
     spread_samples,
@@ -72,9 +74,8 @@ def train(command: Command[SegmentationSettings]) -> None:
         seed=settings.run.seed,
         group_by_aspect=False,  # the crops are square
     )
-    model = build_segmenter(settings.model, train_set.num_classes, load_weights=not command.resume).to(device)
-    if settings.run.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    model = build_segmenter(settings.model, train_set.num_classes, load_weights=not command.resume)
+    model.to(device).to(memory_format=memory_format(settings))
     check_batch_size(model, min(settings.data.batch_size, len(train_set)))
     optimizer, scheduler = build_optimizer(settings.optim, model, len(batches))
     metric = MeanIoU(val_set.class_names)
@@ -89,7 +90,7 @@ def train(command: Command[SegmentationSettings]) -> None:
             f"{settings.optim.epochs} epochs of {len(batches)} steps on {device}; run folder {folder}",
             flush=True,
         )
-        fit(
+        results = fit(
             model,
             batches,
             optimizer,
@@ -108,8 +109,9 @@ def train(command: Command[SegmentationSettings]) -> None:
     best = load_checkpoint(folder / "best.pt")
     if command.resume or best["epoch"] < settings.optim.epochs:
         model.load_state_dict(best["model"])
-        measure()
+        results = measure()
     print(f"best checkpoint, after epoch {best['epoch']}:\n{metric.table()}")
+    write_results(folder / "results.json", settings.eval, results, metric.per_class())
     report_skipped(train_set, val_set)
     draw(model, inference, val_set, folder / "predictions.png", settings, device)
 
@@ -121,9 +123,9 @@ def evaluate_only(command: Command[SegmentationSettings], checkpoint: Path) -> N
     val_set = build_mask_set(settings.data, "val")
     model = build_segmenter(settings.model, val_set.num_classes, load_weights=False)
     file = find_checkpoint(checkpoint)
-    load_weights(model, file)
     check_class_names(file, val_set.class_names)
-    model.to(device)
+    load_weights(model, file)
+    model.to(device).to(memory_format=memory_format(settings))
     print(f"{file}\nval: {val_set.summary()}", flush=True)
     metric = MeanIoU(val_set.class_names)
     val_batches = eval_loader(val_set, batch_size=settings.data.eval_batch_size, num_workers=settings.data.num_workers)
@@ -131,7 +133,9 @@ def evaluate_only(command: Command[SegmentationSettings], checkpoint: Path) -> N
     results = evaluate(model, val_batches, metric, predict=inference, device=device)
     print(metric.table())
     report_skipped(val_set)
-    picture = write_results(settings, file, val_set.folder.name, results)
+    folder, name = results_folder(settings, file), f"{file.stem}_{'-'.join(val_set.folder.parts[-2:])}"
+    written = write_results(folder / f"results_{name}.json", settings.eval, results, metric.per_class())
+    picture = written.with_name(f"{written.stem.replace('results', 'predictions', 1)}.png")
     draw(model, inference, val_set, picture, settings, device)
 
 
@@ -152,7 +156,7 @@ def draw(
         predictions = [inference(model, images_to_device([image], device))[0] for image, _ in samples.values()]
     images, masks = zip(*samples.values(), strict=True)
     sheet = compare_segmentations(
-        images, masks, predictions, dataset.class_names, colours=class_colours(settings.data), names=list(samples)
+        images, masks, predictions, dataset.class_names, colours=class_colours(dataset), names=list(samples)
     )
     Image.fromarray(sheet).save(path)
     print(f"pictures: {path}")

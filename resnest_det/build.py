@@ -109,9 +109,9 @@ def build_mask_set(settings: MaskDataSettings, split: Split) -> MaskFolder:
     )
 
 
-def class_colours(settings: MaskDataSettings) -> dict[int, tuple[int, int, int]] | None:
+def class_colours(dataset: MaskFolder) -> dict[int, tuple[int, int, int]] | None:
     """ADE20K's own colours for its 150 classes; None for other classes, which pictures colour by themselves."""
-    official = settings.sample is None and settings.layout == "ade20k" and not settings.classes
+    official = isinstance(dataset, ADE20K) and dataset.num_classes == len(ADE20K_PALETTE)
     return dict(enumerate(ADE20K_PALETTE)) if official else None
 
 

@@ -202,7 +202,7 @@ class MaskDataSettings(Section):
     )
     train: TrainMaskSettings = Field(TrainMaskSettings(), description="The training split of a mask folder.")
     val: ValMaskSettings = Field(ValMaskSettings(), description="The validation split of a mask folder.")
-    first_class_value: int = Field(0, ge=0, le=255, description="Value of the first class in a mask folder's masks.")
+    first_class_value: int = Field(0, ge=0, le=65535, description="Value of the first class in a mask folder's masks.")
     ignore_value: int = Field(
         255, ge=-1, le=65535, description="Value in a mask folder's masks of pixels that are not labelled; -1 for none."
     )
@@ -436,7 +436,12 @@ class SegmentationEvalSettings(EvalSettings):
     short_side: int = Field(
         520, ge=0, description="Short side in pixels to which evaluation resizes an image; 0 leaves it as it is."
     )
-    max_side: int = Field(0, ge=0, description="Longest side in pixels in evaluation; 0 is no bound.")
+    max_side: int = Field(
+        2048,
+        ge=0,
+        validate_default=True,
+        description="Longest side in pixels in evaluation, at least eval.short_side; 0 is no bound.",
+    )
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (1.0,),
         min_length=1,
@@ -446,8 +451,26 @@ class SegmentationEvalSettings(EvalSettings):
     flip: bool = Field(False, description="Average over each image and its mirror image.")
     window: int = Field(0, ge=0, description="Side in pixels of sliding windows; 0 runs the whole image at once.")
     window_stride: int = Field(
-        0, ge=0, description="Step in pixels from window to window; 0 is two thirds of eval.window."
+        0, ge=0, description="Step in pixels from window to window, at most eval.window; 0 is two thirds of it."
     )
+
+    @field_validator("max_side")
+    @classmethod
+    def _max_side_holds_short_side(cls, max_side: int, info: ValidationInfo) -> int:
+        short_side = info.data.get("short_side", 0)
+        if 0 < max_side < short_side:
+            raise ValueError(f"must be at least eval.short_side, which is {short_side}, or 0")
+        return max_side
+
+    @field_validator("window_stride")
+    @classmethod
+    def _windows_leave_no_gap(cls, stride: int, info: ValidationInfo) -> int:
+        window = info.data.get("window", 0)
+        if 0 < window < stride:
+            raise ValueError(
+                f"must be at most eval.window, which is {window}: pixels between windows would not be seen"
+            )
+        return stride
 
 
 class ExperimentSettings(Section):
@@ -687,7 +710,11 @@ def ineffective_settings(settings: ExperimentSettings) -> list[str]:
             (is_sample, "data.sample", ["data.root", "data.layout", "data.classes", *of_folders]),
             (not is_sample and data.layout == "ade20k", "data.layout=ade20k", of_folders),
             (model.ohem_threshold == 0, "model.ohem_threshold=0", ["model.ohem_min_kept"]),
-            (evaluation.short_side == 0, "eval.short_side=0", ["eval.max_side"]),
+            (
+                model.ohem_min_kept >= data.crop_size**2,
+                f"model.ohem_min_kept={model.ohem_min_kept}, all {data.crop_size**2} pixels of a crop and more",
+                ["model.ohem_threshold"],
+            ),
             (evaluation.window == 0, "eval.window=0", ["eval.window_stride"]),
         ]
     values = dict(_flatten(settings.model_dump(mode="json")))

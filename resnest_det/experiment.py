@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from resnest_det.config import (
     Command,
     ExperimentSettings,
+    Section,
     ineffective_settings,
     parse_command_line,
     with_run_folder,
@@ -110,27 +113,41 @@ def find_checkpoint(path: Path) -> Path:
     return best
 
 
-def write_results(settings: ExperimentSettings, checkpoint: Path, set_name: str, results: dict[str, float]) -> Path:
-    """Write what --eval-only measured, as JSON.
+def results_folder(settings: ExperimentSettings, checkpoint: Path) -> Path:
+    """Where --eval-only writes: a run's own folder, or a new one for a file from elsewhere."""
+    own_folder = Path(settings.run.dir) == checkpoint.parent
+    return checkpoint.parent if own_folder else new_run_folder(Path(settings.run.dir))
 
-    A run's own folder takes what is measured of it; a file from elsewhere gets a folder of its own. Files are named
-    after checkpoint and data, so that measuring another one replaces nothing.
+
+def write_results(path: Path, settings: Section, results: dict[str, float], per_class: Iterable[Any]) -> Path:
+    """Write what was measured, and how, as JSON. Another measurement's file is never replaced.
 
     Args:
-        settings: of the experiment.
-        checkpoint: the file that was measured.
-        set_name: name of the data it was measured on.
-        results: numbers by name; NaN, of what the data do not define, is written as null.
+        path: the file; where it holds another measurement, the name gets -2, -3, ... behind it.
+        settings: how it was measured, the settings of the evaluation.
+        results: numbers by name.
+        per_class: the metric's dataclass of each class.
 
     Returns:
-        Where the predictions' picture goes, beside the JSON.
+        The file that was written.
     """
-    own_folder = Path(settings.run.dir) == checkpoint.parent
-    folder = checkpoint.parent if own_folder else new_run_folder(Path(settings.run.dir))
-    name = f"{checkpoint.stem}_{set_name}"
-    defined = {key: None if math.isnan(value) else value for key, value in results.items()}
-    (folder / f"results_{name}.json").write_text(json.dumps(defined, indent=2) + "\n")
-    return folder / f"predictions_{name}.png"
+    content = {
+        "results": results,
+        "settings": settings.model_dump(mode="json"),
+        "classes": [asdict(row) for row in per_class],
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    file, number = path, 1
+    while file.exists() and file.read_text() != text:
+        number += 1
+        file = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    file.write_text(text)
+    return file
+
+
+def memory_format(settings: ExperimentSettings) -> torch.memory_format:
+    """How a model's weights lie in memory; features follow them."""
+    return torch.channels_last if settings.run.channels_last else torch.contiguous_format
 
 
 def spread_samples(dataset: ImageFiles[T], num_samples: int) -> dict[str, T]:

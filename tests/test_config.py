@@ -676,6 +676,11 @@ def test_segmentation_has_defaults_of_its_own(tmp_path: Path) -> None:
         ("model.class_weights=[1, -1]", "model.class_weights"),
         ("model.head_norm=frozen_bn", "must be one of bn, sync_bn, gn"),
         ("eval.scales=[]", "eval.scales = [] (command line): must be a list of finite floats: 1 or more, each > 0"),
+        (
+            "eval.max_side=500",
+            "eval.max_side = 500 (command line): must be at least eval.short_side, which is 520, or 0",
+        ),
+        ("eval={window=64, window_stride=65}", "window_stride = 65*must be at most eval.window, which is 64"),
         ("optim.poly_power=0", "optim.poly_power = 0 (command line): must be a finite float > 0"),
     ],
 )
@@ -691,7 +696,11 @@ def test_mistakes_of_segmentation_settings(tmp_path: Path, override: str, senten
         ([], []),
         (["model.ohem_min_kept=5"], ["model.ohem_min_kept has no effect with model.ohem_threshold=0"]),
         (["eval.window_stride=5"], ["eval.window_stride has no effect with eval.window=0"]),
-        (["eval.short_side=0", "eval.max_side=50"], ["eval.max_side has no effect with eval.short_side=0"]),
+        (
+            ["model.ohem_threshold=0.7", "data.crop_size=96"],
+            ["model.ohem_threshold has no effect with model.ohem_min_kept=100000, all 9216 pixels of a crop and more"],
+        ),
+        (["model.ohem_threshold=0.7"], []),
         (["data.ignore_value=0"], ["data.ignore_value has no effect with data.layout=ade20k"]),
         (["data.layout=mask_folder", "data.classes=c.txt", "data.ignore_value=0", "data.train.masks=m"], []),
         (

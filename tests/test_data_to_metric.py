@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from resnest_det.data import CocoDetection, eval_loader
+from resnest_det.data import ADE20K, CocoDetection, eval_loader, read_class_list
 from resnest_det.data.sample import write_sample_dataset
-from resnest_det.evaluation import CocoMeanAveragePrecision, evaluate
+from resnest_det.evaluation import CocoMeanAveragePrecision, MeanIoU, evaluate
 
 
 class Recall(nn.Module):
@@ -105,3 +106,34 @@ def test_sample(tmp_path: Path) -> None:
 )
 def test_real(name: str, images: str, annotations: str, real_data: Callable[[str], Path], tmp_path: Path) -> None:
     check(real_data(name) / images, real_data(name) / annotations, tmp_path)
+
+
+@pytest.mark.parametrize("source", ["sample", "ade20k_samples"])
+def test_masks_given_as_prediction_score_one(source: str, tmp_path: Path, real_data: Callable[[str], Path]) -> None:
+    """Data set, loader, evaluation and metric agree on every class of every pixel; what is ignored is not looked at."""
+    if source == "sample":
+        write_sample_dataset(tmp_path / "sample", num_train=1, num_val=12)
+        root = tmp_path / "sample" / "ade20k"
+        dataset = ADE20K(root, "validation", class_names=read_class_list(root / "classes.txt"))
+    else:
+        dataset = ADE20K(real_data(source) / "ADEChallengeData2016", "validation")
+    masks = iter(dataset[index][1] for index in range(len(dataset)))
+    wrong = 0  # pixels whose predicted class is made wrong
+
+    def predict(_model: nn.Module, images: list[Tensor]) -> list[Tensor]:
+        answers = [next(masks).long() for _ in images]
+        answers = [torch.where(answer == 255, 3, answer) for answer in answers]
+        answers[0].view(-1)[:wrong] = (answers[0].view(-1)[:wrong] + 1) % dataset.num_classes
+        return answers
+
+    metric = MeanIoU(dataset.class_names)
+    loader = eval_loader(dataset, batch_size=3, num_workers=0)
+    results = evaluate(nn.Identity(), loader, metric, predict=predict)
+    assert results == {"mIoU": 1.0, "mAcc": 1.0, "aAcc": 1.0, "fwIoU": 1.0}
+    # The metric's pixels are the files', where 0 is the one value that counts for nothing.
+    values = [np.asarray(Image.open(dataset.mask_path(index))) for index in range(len(dataset))]
+    pixels = np.bincount(np.concatenate([value.ravel() for value in values]), minlength=dataset.num_classes + 1)[1:]
+    assert [row.share for row in metric.per_class()] == pytest.approx((pixels / pixels.sum()).tolist())
+    assert len(metric.absent) == int((pixels == 0).sum())
+    masks, wrong = iter(dataset[index][1] for index in range(len(dataset))), 500
+    assert evaluate(nn.Identity(), loader, metric, predict=predict)["aAcc"] < 1

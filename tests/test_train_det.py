@@ -16,7 +16,7 @@ from PIL import Image
 
 import train_det
 from resnest_det.config import DetectionSettings, load_settings
-from resnest_det.data.sample import write_sample_dataset
+from resnest_det.data.sample import SHAPES, write_sample_dataset
 from resnest_det.engine import load_checkpoint, read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
@@ -91,6 +91,7 @@ def test_trains_evaluates_draws_and_measures_again(
         "last.pt",
         "metrics.jsonl",
         "predictions.png",
+        "results.json",
     ]
     with Image.open(run / "predictions.png") as picture:
         assert picture.width > 200
@@ -104,9 +105,10 @@ def test_trains_evaluates_draws_and_measures_again(
     assert train_det.main(["--eval-only", str(run)]) == 0
     assert table in capsys.readouterr().out
     assert (run / "predictions_best_instances_val.png").exists()
-    assert (
-        json.loads((run / "results_best_instances_val.json").read_text()) == load_checkpoint(run / "best.pt")["results"]
-    )
+    measured = json.loads((run / "results_best_instances_val.json").read_text())
+    assert measured["results"] == load_checkpoint(run / "best.pt")["results"]
+    assert measured == json.loads((run / "results.json").read_text())
+    assert [row["name"] for row in measured["classes"]] == [shape.name for shape in SHAPES]
     # A second run never touches the first.
     assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
     assert (tmp_path / "run-2" / "best.pt").exists()
@@ -158,8 +160,8 @@ def test_wrong_number_of_classes_for_a_checkpoint(
     other = tmp_path / "val.json"
     other.write_text(json.dumps(content))
     message = explained(capsys, "--eval-only", tmp_path / "run", f"data.val.annotations={other}")
-    assert "cls_score.weight (7x16 in the file, 8x16 in the network)" in message
-    assert "Only the classifier differs: the network must have the file's number of classes" in message
+    assert "was trained on other classes than the data set's: 6 and 7 classes, 1 labels differ" in message
+    assert "(7 is None and 'moon')" in message
 
 
 @pytest.mark.parametrize(

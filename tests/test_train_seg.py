@@ -38,6 +38,7 @@ def config(sample: Path, tmp_path: Path) -> Path:
         f"""
         [run]
         dir = "{tmp_path / "run"}"
+        channels_last = true
         num_pictures = 2
         [data]
         root = "{sample}"
@@ -91,6 +92,7 @@ def test_trains_evaluates_draws_and_measures_again(
         "last.pt",
         "metrics.jsonl",
         "predictions.png",
+        "results.json",
     ]
     with Image.open(run / "predictions.png") as picture:
         assert picture.width > 200
@@ -106,12 +108,17 @@ def test_trains_evaluates_draws_and_measures_again(
     table = printed[printed.index("    mIoU") : printed.index("pictures:")]
     assert train_seg.main(["--eval-only", str(run)]) == 0
     assert table in capsys.readouterr().out
-    assert (run / "predictions_best_validation.png").exists()
-    results = json.loads((run / "results_best_validation.json").read_text())
-    assert results == load_checkpoint(run / "best.pt")["results"]
-    # The same weights looked at in another way are another measurement.
+    assert (run / "predictions_best_images-validation.png").exists()
+    measured = json.loads((run / "results_best_images-validation.json").read_text())
+    assert measured["results"] == load_checkpoint(run / "best.pt")["results"]
+    assert measured["classes"][0]["name"] == "disc"
+    # The same weights looked at in another way are another measurement, beside the first.
     assert train_seg.main(["--eval-only", str(run), "eval.flip=true", "eval.scales=[0.75, 1.0]", "eval.window=48"]) == 0
-    assert json.loads((run / "results_best_validation.json").read_text()) != results
+    other = json.loads((run / "results_best_images-validation-2.json").read_text())
+    assert (other["settings"]["flip"], measured["settings"]["flip"]) == (True, False)
+    assert other["results"] != measured["results"]
+    assert json.loads((run / "results_best_images-validation.json").read_text()) == measured
+    assert (run / "predictions_best_images-validation-2.png").exists()
 
 
 def test_a_resumed_run_equals_an_unbroken_one(
@@ -170,22 +177,21 @@ def test_a_mask_folder(config: Path, sample: Path, tmp_path: Path, capsys: pytes
     ("override", "message"),
     [
         ("model.backbone=resnst50", "backbone 'resnst50' is unknown; did you mean 'resnest50'"),
-        ("data.root=/nowhere", "/nowhere"),
-        ("data.classes=none.txt", "none.txt"),
+        ("data.root=/nowhere", "/nowhere/classes.txt does not exist"),
+        ("data.classes=none.txt", "none.txt does not exist"),
         ("optim.learning_rate=1", "did you mean optim.lr?"),
         ("optim.warmup_steps=1000", "warmup_steps=1000 must be fewer than the run's 9 steps"),
         ("run.device=cuda:99", "device 'cuda:99' is not on this machine"),
         ("model.weights=none.pth", "weights='none.pth' is neither 'imagenet' nor the path of a file"),
-        ("model.output_stride=32", "output_stride=16"),
-        ("model.class_weights=[1, 2]", "class_weights"),
-        ("eval.window_stride=64", "window"),
+        ("model.output_stride=32", "the backbone has stride 32, for which the paper has no ASPP rates"),
+        ("model.class_weights=[1, 2]", "class_weights has 2 weights and there are 10 classes"),
+        ("eval.max_side=63", "eval.max_side = 63 (command line): must be at least eval.short_side, which is 64"),
     ],
 )
 def test_mistakes_are_explained_before_training(
     override: str, message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    extra = ["eval.window=32"] if "window" in override else []
-    assert message in explained(capsys, config, override, *extra)
+    assert message in explained(capsys, config, override)
     assert not (tmp_path / "run").exists()
 
 
@@ -205,7 +211,12 @@ def test_other_classes_than_the_checkpoints(
     names = [line.split("\t")[-1] for line in (sample / "classes.txt").read_text().splitlines()[1:]]
     other.write_text("\n".join(["moon", *names[1:]]) + "\n")
     message = explained(capsys, "--eval-only", tmp_path / "run", f"data.classes={other}")
-    assert "was trained on other classes than the data set's" in message
+    assert "10 and 10 classes, 1 labels differ (0 is 'disc' and 'moon')" in message
+    message = explained(capsys, "--resume", tmp_path / "run", f"data.classes={other}")
+    assert 'data.classes: the run has "classes.txt", given is' in message
+    other.write_text("\n".join(names[:9]) + "\n")
+    message = explained(capsys, "--eval-only", tmp_path / "run", f"data.classes={other}")
+    assert "10 and 9 classes, 1 labels differ (9 is 'ripples' and None)" in message
 
 
 def test_a_broken_mask_is_named_or_skipped(
@@ -261,12 +272,20 @@ def test_every_configuration_builds(path: Path) -> None:
 
     settings = load_settings(SegmentationSettings, path, ["data.root=x", "run.device=cpu"])
     with torch.device("meta"):
-        model = build_segmenter(settings.model, 150, load_weights=False)
+        model = build_segmenter(settings.model, 10 if path.stem == "sample" else 150, load_weights=False)
     build_optimizer(settings.optim, model, steps_per_epoch=100)
     build_inference(settings.eval)
     header = path.read_text().split("\n\n")[0]
     assert all(word in header for word in ("# Command:", "# Data:", "# Duration:", "# Expected:"))
     assert f"configs/seg/{path.name}" in header or path.stem == "sample"
+
+
+def test_pictures_have_the_colours_of_ade20k_for_its_classes(sample: Path) -> None:
+    from resnest_det.build import class_colours
+    from resnest_det.data import ADE20K, ADE20K_PALETTE
+
+    assert class_colours(ADE20K(sample, "validation")) == dict(enumerate(ADE20K_PALETTE))
+    assert class_colours(ADE20K(sample, "validation", class_names=["a", "b"])) is None
 
 
 # --- real data, where it is at hand

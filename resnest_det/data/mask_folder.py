@@ -32,6 +32,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # none that changes values to save space
 MAX_CLASSES = 254  # a mask is uint8: 0..253 are classes, 255 is ignored
 
+_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey of 2 and 4 bits over 0..255 by these factors
 _INDEX_MODES = ("L", "P", "1")  # of Pillow, besides the integer modes that begin with I
 _IGNORED = 255
 _UNKNOWN = 254  # in the table, a value that is neither a class nor ignored
@@ -123,6 +124,7 @@ class MaskFolder(ImageFiles[MaskedImage]):
             with Image.open(path) as file:
                 mode = file.mode
                 is_index = mode in _INDEX_MODES or mode.startswith("I")
+                form = file.tile[0][3] if file.tile else None  # known until the pixels are read
                 values = np.array(file) if is_index else np.empty((0, 0), np.uint8)
         except Exception as error:  # as in read_rgb
             raise UnreadableImageError(f"cannot read the mask {path} ({type(error).__name__}: {error})") from error
@@ -131,6 +133,8 @@ class MaskFolder(ImageFiles[MaskedImage]):
                 f"{path} is a picture of mode {mode}, but a mask holds one class index a pixel; turn its colours into "
                 f"indices and save it as grey (mode L) or palette (mode P)"
             )
+        if mode == "L" and form in _SPREAD:
+            values //= _SPREAD[form]
         if values.dtype != np.uint8:  # 1, 16 or 32 bit
             inside = (values >= 0) & (values < _NUM_VALUES)
             mask = np.where(inside, self._table[np.where(inside, values, 0).astype(np.uint16)], np.uint8(_UNKNOWN))
@@ -143,6 +147,8 @@ class MaskFolder(ImageFiles[MaskedImage]):
     def _raise_value_error(self, path: Path, values: list[int]) -> NoReturn:
         """Say which values have no class, and what would give them one."""
         fixes = []
+        if 255 in values and self.num_classes == 2:
+            fixes.append("where 255 is the second class, save it as 1")
         if 255 in values and self._ignore_value is None:
             fixes.append("where 255 means not labelled, use ignore_value=255")
         elif 255 in values:

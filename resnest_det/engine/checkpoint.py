@@ -64,9 +64,12 @@ def check_class_names(path: Path, class_names: dict[int, str]) -> None:
     content = _read(path)
     trained = content.get("class_names") if isinstance(content, dict) else None
     if trained is not None and trained != class_names:
+        labels = [label for label in {**trained, **class_names} if trained.get(label) != class_names.get(label)]
+        first = ", ".join(f"{label} is {trained.get(label)!r} and {class_names.get(label)!r}" for label in labels[:3])
         raise ValueError(
-            f"{path} was trained on other classes than the data set's: {trained} and {class_names}; "
-            f"labels would be taken for one another. Use the data set's own list of categories"
+            f"{path} was trained on other classes than the data set's: {len(trained)} and {len(class_names)} classes, "
+            f"{len(labels)} labels differ ({first}{', ...' if len(labels) > 3 else ''}); labels would be taken for one "
+            f"another. Use data with the checkpoint's list of classes, or train anew"
         )
 
 

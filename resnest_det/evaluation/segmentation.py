@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WINDOWS_AT_ONCE = 8  # windows in one call of the model, which bounds its memory
+CLASSES_AT_ONCE = 16  # classes whose logits exist at an image's own size, where one pass is all
 ROWS_AT_ONCE = 64  # rows of an image whose probabilities exist beside the sum they are added to
 
 
@@ -104,7 +105,7 @@ class SegmentationInference:
                 scores = self._logits(model, batch, self.scales[0], mirrored=False)
             else:
                 scores = self._probabilities(model, batch)
-            best, labels = scores.max(dim=1)
+            best, labels = _best_class(scores, batch.shape[-2:])
             if best.isnan().any():
                 raise ValueError("the model's logits hold NaN; every logit must be a number: did the training diverge?")
             label_maps.update(zip(positions, labels, strict=True))
@@ -132,7 +133,7 @@ class SegmentationInference:
         total: Tensor | None = None
         for scale in self.scales:
             for mirrored in (False, True) if self.flip else (False,):
-                logits = self._logits(model, images, scale, mirrored=mirrored)
+                logits = _resized(self._logits(model, images, scale, mirrored=mirrored), images.shape[-2:])
                 if total is None:
                     total = torch.zeros_like(logits)
                 for sums, rows in zip(total.split(ROWS_AT_ONCE, dim=2), logits.split(ROWS_AT_ONCE, dim=2), strict=True):
@@ -141,11 +142,11 @@ class SegmentationInference:
         return total.div_(len(self.scales) * (2 if self.flip else 1))
 
     def _logits(self, model: nn.Module, images: Tensor, scale: float, *, mirrored: bool) -> Tensor:
-        """One pass, back in the images' own size and orientation: (N, K, H, W)."""
+        """One pass, in the images' own orientation and at the size that the model answered in: (N, K, H', W')."""
         height, width = images.shape[-2:]
         resized = _resized(images, self._size(height, width, scale))
         logits = self._windowed(model, resized.flip(-1) if mirrored else resized)
-        return _resized(logits.flip(-1) if mirrored else logits, (height, width))
+        return logits.flip(-1) if mirrored else logits
 
     def _size(self, height: int, width: int, scale: float) -> tuple[int, int]:
         factor = self.short_side / min(height, width) if self.short_side else 1.0
@@ -220,10 +221,23 @@ def _described(answer: Any) -> str:
     return f"{type(answer).__name__}{shape}"
 
 
-def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    if images.shape[-2:] == size:
+def _best_class(scores: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The highest score of each pixel at that size, NaN where one is, and its class: both (N, H, W).
+
+    A few classes at a time: all the classes of a large photograph would take gigabytes.
+    """
+    best, labels = _resized(scores[:, :CLASSES_AT_ONCE], size).max(dim=1)
+    for first in range(CLASSES_AT_ONCE, scores.shape[1], CLASSES_AT_ONCE):
+        value, label = _resized(scores[:, first : first + CLASSES_AT_ONCE], size).max(dim=1)
+        labels = torch.where(value > best, label + first, labels)
+        best = torch.maximum(best, value)
+    return best, labels
+
+
+def _resized(images: Tensor, size: Sequence[int]) -> Tensor:
+    if images.shape[-2:] == tuple(size):
         return images
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(images, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def _pyramid(height: int, width: int, *, device: torch.device) -> Tensor:

@@ -203,7 +203,7 @@ def deeplabv3plus(
         ValueError: an argument is out of range or contradicts another.
     """
     if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes} must be 2 or more: each class has its own logit")
+        raise ValueError(f"num_classes={num_classes} must be 2 or more: list what is no object as a class of its own")
     if head_channels < 1 or low_level_channels < 1:
         raise ValueError(
             f"head_channels={head_channels} and low_level_channels={low_level_channels} must both be 1 or more"
@@ -321,8 +321,13 @@ def _resize(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _full_size_logits(logits: Tensor, images: Tensor) -> Tensor:
-    """Logits at the images' size. Under autocast they become float32 before they grow, so no second copy is made."""
-    return _resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), images)
+    """Logits at the images' size.
+
+    Under autocast they become float32 before they grow, so no second copy is made. They grow with the channels last in
+    memory, whatever the model's layout: resizing and cross-entropy read all the classes of a pixel together.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return _resize(logits.contiguous(memory_format=torch.channels_last), images)
 
 
 def _image_batch(images: Tensor | Sequence[Tensor]) -> Tensor:

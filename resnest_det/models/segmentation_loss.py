@@ -125,7 +125,9 @@ class SegmentationLoss(nn.Module):
     def _cross_entropy(self, logits: Tensor, masks: Tensor, counted: Tensor) -> Tensor:
         if self.ohem_threshold is not None:
             masks = masks.masked_fill(~self._hard(logits.detach(), masks, counted), self.ignore_index)
-        total = F.cross_entropy(logits, masks, self.class_weights, ignore_index=self.ignore_index, reduction="sum")
+        total = F.cross_entropy(
+            *_pixels(logits, masks), self.class_weights, ignore_index=self.ignore_index, reduction="sum"
+        )
         kept = masks[masks != self.ignore_index]
         if self.class_weights is None:
             return total / len(kept)
@@ -136,12 +138,20 @@ class SegmentationLoss(nn.Module):
         """Which pixels (N, H, W) OHEM keeps: those below the threshold, and at least the hardest ohem_min_kept."""
         assert self.ohem_threshold is not None
         # Minus the logarithm of the true class's probability: hard is high.
-        hardness = F.cross_entropy(logits, masks, ignore_index=self.ignore_index, reduction="none")
+        hardness = F.cross_entropy(*_pixels(logits, masks), ignore_index=self.ignore_index, reduction="none")
+        hardness = hardness.view(masks.shape)
         pixels = hardness[counted]
         least = min(self.ohem_min_kept * len(masks), len(pixels))
         hardest = pixels.kthvalue(len(pixels) - least + 1).values
         easy = (hardness <= -math.log(self.ohem_threshold)) & (hardness < hardest)
         return counted & ~easy  # a NaN is not easy either: it stays, and shows in the loss
+
+
+def _pixels(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and masks as cross_entropy is quickest on: (N * H * W, K) and (N * H * W,) where that takes no copy."""
+    if logits.is_contiguous(memory_format=torch.channels_last):
+        return logits.permute(0, 2, 3, 1).flatten(0, 2), masks.flatten()
+    return logits, masks
 
 
 def _dice(logits: Tensor, masks: Tensor, counted: Tensor, labels: Tensor) -> Tensor:

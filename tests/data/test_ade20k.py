@@ -28,7 +28,7 @@ FOLDER = "ADEChallengeData2016"
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "sample"
-    write_sample_dataset(folder, num_train=4, num_val=2, seed=0)
+    write_sample_dataset(folder, num_train=4, num_val=6, seed=0)
     return folder / "ade20k"
 
 
@@ -103,7 +103,7 @@ def test_real_pairs(real_data: Callable[[str], Path]) -> None:
 # --- another data set in this layout
 
 
-@pytest.mark.parametrize(("split", "num_images"), [("training", 4), ("validation", 2)])
+@pytest.mark.parametrize(("split", "num_images"), [("training", 4), ("validation", 6)])
 def test_generated_set(sample: Path, split: str, num_images: int) -> None:
     names = read_class_list(sample / "classes.txt")
     assert names == list(ADE_CLASS_NAMES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,29 @@ def test_sample_holds_image_and_mask(tmp_path: Path) -> None:
     assert data.summary() == (
         f"{tmp_path / 'images'}: 1 images with masks; in the masks, the 3 classes are 0..2 and 255 is ignored."
     )
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_of_few_bits_is_the_index(bits: int, tmp_path: Path) -> None:
+    """Pillow spreads such grey over 0..255, and writes none: the file is put together by hand."""
+    values = np.array([[0, 1, 2, 1], [2, 2, 3, 0]], np.uint8)
+    size = struct.pack(">II5B", 4, 2, bits, 0, 0, 0, 0)  # width, height, depth, grey
+    lines = b"".join(
+        b"\0" + int("".join(f"{value:0{bits}b}" for value in row), 2).to_bytes(4 * bits // 8) for row in values
+    )
+    chunks = [(b"IHDR", size), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    save_image(tmp_path, "a.png", size=(4, 2))
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+    )
+    assert np.asarray(Image.open(tmp_path / "masks" / "a.png")).max() > 3
+    _, mask = read(tmp_path, [*NAMES, "sea"])[0]
+    assert (mask.numpy() == values).all()
 
 
 def test_files_are_matched_by_path_without_suffix(tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def test_ensure_refuses_another_set(change: dict[str, int], message: str, tmp_pa
 def test_ensure_refuses_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ensure_sample_dataset(tmp_path / "sample", num_train=1, num_val=1)
     monkeypatch.setattr(sample, "SAMPLE_VERSION", 99)
-    with pytest.raises(ValueError, match=r"version 1 \(asked for: 99\)"):
+    with pytest.raises(ValueError, match=r"version 2 \(asked for: 99\)"):
         ensure_sample_dataset(tmp_path / "sample", num_train=1, num_val=1)
 
 

@@ -294,6 +294,17 @@ def test_evaluate_on_images_of_several_sizes(predict: SegmentationInference, mod
     assert numbers["aAcc"] == 239 / 240
 
 
+@pytest.mark.parametrize("num_classes", [16, 17, 40])
+def test_many_classes_are_compared_as_one(num_classes: int) -> None:
+    """Labels come from a few classes at a time; they are those of the logits of all, ties going to the first."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, num_classes, 5, 7).round(decimals=1)
+    image = torch.rand(3, 11, 13)
+    (labels,) = SegmentationInference()(Answers({"out": logits}).eval(), [image])
+    full = F.interpolate(logits, size=(11, 13), mode="bilinear", align_corners=False)[0]
+    assert torch.equal(labels, full.argmax(0))
+
+
 def test_the_docstring_example() -> None:
     results = doctest.testmod(segmentation, extraglobs={"SegmentationInference": SegmentationInference})
     assert results.attempted > 0
