@@ -90,8 +90,8 @@ def load_weights(net: nn.Module, file: str | Path) -> None:
         hint = ""
         if not (missing or extra) and all(_is_classifier(key, state[key], own[key]) for key in reshaped):
             hint = (
-                "\nOnly the classifier differs: the network must have the file's number of classes, which for a "
-                "detector is that of the data set's categories and the background."
+                "\nOnly the classifier differs: the network must have the file's number of classes, which is the data "
+                "set's, and for a detector one more, the background."
             )
         raise ValueError(
             f"the tensors of {path} are not those of this {type(net).__name__}:\n" + "\n".join(problems) + hint
@@ -140,7 +140,7 @@ def read_plain(path: Path) -> Any:
 
 def _is_classifier(key: str, in_file: Tensor, in_network: Tensor) -> bool:
     """Whether a tensor belongs to a last layer, and only the number of its outputs differs."""
-    last = re.match(r"fc\.|(.*\.)?box_predictor\.(cls_score|bbox_pred)\.", key)
+    last = re.match(r"fc\.|classifier\.|aux_head\.4\.|(.*\.)?box_predictor\.(cls_score|bbox_pred)\.", key)
     return last is not None and in_file.shape[1:] == in_network.shape[1:]
 
 

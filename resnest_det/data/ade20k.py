@@ -225,6 +225,6 @@ def _check_number_of_classes(table: Path, class_names: Sequence[str]) -> None:
     num_classes = len(read_class_list(table))
     if num_classes != len(class_names):
         raise ValueError(
-            f"class_names has {len(class_names)} names, but {table} lists {num_classes} classes; this is another data "
-            f"set's class list: leave it out, or use read_class_list({str(table)!r})"
+            f"class_names has {len(class_names)} names, but {table} lists {num_classes} classes; give the data "
+            f"set's own list: class_names=read_class_list({str(table)!r}), or in settings data.classes={table.name}"
         )

@@ -18,7 +18,7 @@ from resnest.torch import resnest50 as released_resnest50
 from resnest_det import create_backbone, list_backbones, load_weights
 from resnest_det.backbones import weights
 from resnest_det.engine import save_checkpoint
-from resnest_det.models import faster_rcnn
+from resnest_det.models import deeplabv3plus, faster_rcnn
 
 
 @pytest.fixture
@@ -96,6 +96,17 @@ def test_another_networks_file(small: Path) -> None:
 def test_wrong_number_of_classes(small: Path) -> None:
     with pytest.raises(ValueError, match=r"fc.weight \(1000x512 in the file, 5x512 in the network\)") as error:
         create_backbone("resnet18", weights=str(small), num_classes=5)
+    assert "Only the classifier differs: the network must have the file's number of classes" in str(error.value)
+
+
+def test_a_segmenter_with_another_number_of_classes(tmp_path: Path) -> None:
+    def segmenter(num_classes: int) -> torch.nn.Module:
+        net = create_backbone("resnet18", output_stride=16)
+        return deeplabv3plus(net, num_classes, head_channels=8, aux_head=True)
+
+    torch.save(segmenter(3).state_dict(), tmp_path / "three.pth")
+    with pytest.raises(ValueError, match="classifier.weight .3x8x1x1 in the file, 5x8x1x1 in the network.") as error:
+        load_weights(segmenter(5), tmp_path / "three.pth")
     assert "Only the classifier differs: the network must have the file's number of classes" in str(error.value)
 
 
