@@ -317,7 +317,7 @@ def test_torchvisions_models_take_our_backbones(name: str, output_stride: int, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_classes": 1}, "num_classes=1 must be 2 or more: each class has its own logit"),
+        ({"num_classes": 1}, "num_classes=1 must be 2 or more: list what is no object as a class of its own"),
         ({"head_channels": 0}, "head_channels=0 and low_level_channels=8 must both be 1 or more"),
         ({"low_level_channels": -1}, "head_channels=16 and low_level_channels=-1 must both be 1 or more"),
         ({"aspp_rates": ()}, r"aspp_rates=\(\) must be dilations, one or several, each 1 or more"),
