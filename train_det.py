@@ -28,10 +28,10 @@ from resnest_det.experiment import (
     find_checkpoint,
     memory_format,
     report_skipped,
-    results_folder,
     run_folder,
     run_script,
     spread_samples,
+    write_evaluation,
     write_results,
 )
 from resnest_det.visualize import compare_detections
@@ -129,9 +129,7 @@ def evaluate_only(command: Command[DetectionSettings], checkpoint: Path) -> None
     results = evaluate(model, val_batches, metric, device=device)
     print(metric.table())
     report_skipped(val_set)
-    folder, name = results_folder(settings, file), f"{file.stem}_{val_set.annotation_file.stem}"
-    written = write_results(folder / f"results_{name}.json", settings.eval, results, metric.per_class())
-    picture = written.with_name(f"{written.stem.replace('results', 'predictions', 1)}.png")
+    picture = write_evaluation(settings, file, val_set.annotation_file.stem, results, metric.per_class())
     draw(model, val_set, picture, settings.run.num_pictures, device)
 
 

@@ -35,10 +35,10 @@ from resnest_det.experiment import (
     find_checkpoint,
     memory_format,
     report_skipped,
-    results_folder,
     run_folder,
     run_script,
     spread_samples,
+    write_evaluation,
     write_results,
 )
 from resnest_det.visualize import compare_segmentations
@@ -133,9 +133,8 @@ def evaluate_only(command: Command[SegmentationSettings], checkpoint: Path) -> N
     results = evaluate(model, val_batches, metric, predict=inference, device=device)
     print(metric.table())
     report_skipped(val_set)
-    folder, name = results_folder(settings, file), f"{file.stem}_{'-'.join(val_set.folder.parts[-2:])}"
-    written = write_results(folder / f"results_{name}.json", settings.eval, results, metric.per_class())
-    picture = written.with_name(f"{written.stem.replace('results', 'predictions', 1)}.png")
+    set_name = "-".join(val_set.folder.parts[-2:])
+    picture = write_evaluation(settings, file, set_name, results, metric.per_class())
     draw(model, inference, val_set, picture, settings, device)
 
 

@@ -17,8 +17,10 @@ import torch
 
 from resnest_det.config import (
     Command,
+    DetectionSettings,
     ExperimentSettings,
     Section,
+    SegmentationSettings,
     ineffective_settings,
     parse_command_line,
     with_run_folder,
@@ -113,12 +115,6 @@ def find_checkpoint(path: Path) -> Path:
     return best
 
 
-def results_folder(settings: ExperimentSettings, checkpoint: Path) -> Path:
-    """Where --eval-only writes: a run's own folder, or a new one for a file from elsewhere."""
-    own_folder = Path(settings.run.dir) == checkpoint.parent
-    return checkpoint.parent if own_folder else new_run_folder(Path(settings.run.dir))
-
-
 def write_results(path: Path, settings: Section, results: dict[str, float], per_class: Iterable[Any]) -> Path:
     """Write what was measured, and how, as JSON. Another measurement's file is never replaced.
 
@@ -143,6 +139,27 @@ def write_results(path: Path, settings: Section, results: dict[str, float], per_
         file = path.with_name(f"{path.stem}-{number}{path.suffix}")
     file.write_text(text)
     return file
+
+
+def write_evaluation(
+    settings: DetectionSettings | SegmentationSettings,
+    checkpoint: Path,
+    set_name: str,
+    results: dict[str, float],
+    per_class: Iterable[Any],
+) -> Path:
+    """Write what --eval-only measured, as write_results does.
+
+    A run's own folder takes what is measured of it; a file from elsewhere gets a folder of its own. The file is named
+    after the checkpoint and `set_name`, the data that it was measured on.
+
+    Returns:
+        Where the predictions' picture goes, beside what was written.
+    """
+    own_folder = Path(settings.run.dir) == checkpoint.parent
+    folder = checkpoint.parent if own_folder else new_run_folder(Path(settings.run.dir))
+    written = write_results(folder / f"results_{checkpoint.stem}_{set_name}.json", settings.eval, results, per_class)
+    return written.with_name(f"{written.stem.replace('results', 'predictions', 1)}.png")
 
 
 def memory_format(settings: ExperimentSettings) -> torch.memory_format:
