@@ -1,12 +1,22 @@
 """Attention layers and normalisation: small modules, one paper to a file."""
 
+from resnest_det.layers.cbam import CBAM, ChannelAttention, SpatialAttention
+from resnest_det.layers.eca import EfficientChannelAttention
 from resnest_det.layers.norm import NormLayer, NormName, group_norm, norm_layer, pooled_group_norm
+from resnest_det.layers.selective_kernel import SelectiveKernelConv2d
 from resnest_det.layers.split_attention import SplitAttentionConv2d
+from resnest_det.layers.squeeze_excitation import SqueezeExcitation
 
 __all__ = [
+    "CBAM",
+    "ChannelAttention",
+    "EfficientChannelAttention",
     "NormLayer",
     "NormName",
+    "SelectiveKernelConv2d",
+    "SpatialAttention",
     "SplitAttentionConv2d",
+    "SqueezeExcitation",
     "group_norm",
     "norm_layer",
     "pooled_group_norm",

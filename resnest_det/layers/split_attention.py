@@ -16,10 +16,9 @@ What differs from the reference:
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from resnest_det.layers.norm import NormLayer
+from resnest_det.layers.norm import NormLayer, check_pooled_batch, uses_batch_statistics
 
 
 class SplitAttentionConv2d(nn.Module):
@@ -104,7 +103,8 @@ class SplitAttentionConv2d(nn.Module):
             return splits[0] * logits.sigmoid().flatten(1)[:, :, None, None]
         if self.radix == 2:
             first = (logits[:, 0] - logits[:, 1]).sigmoid()[:, :, None, None]
-            return torch.lerp(splits[1], splits[0], first)
+            # lerp takes one dtype; under autocast a norm may return float32 where fc2 returns half precision.
+            return torch.lerp(splits[1], splits[0], first.to(splits[0].dtype))
         weights = logits.softmax(dim=1)[..., None, None]  # (N, radix, channels, 1, 1)
         out = splits[0] * weights[:, 0]
         for index in range(1, self.radix):
@@ -113,19 +113,12 @@ class SplitAttentionConv2d(nn.Module):
 
     def needs_several_images(self) -> bool:
         """Whether bn1 takes its statistics from the images of this process's batch, so that one is too few."""
-        live = isinstance(self.bn1, nn.modules.batchnorm._BatchNorm) and self.bn1.training
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        shared = isinstance(self.bn1, nn.SyncBatchNorm) and processes > 1
-        return live and not shared
+        return uses_batch_statistics(self.bn1)
 
     def attention_logits(self, pooled: Tensor) -> Tensor:
         """The logits of the attention from the pooled splits: (N, radix * channels, 1, 1) to (N, radix, channels)."""
-        if len(pooled) == 1 and self.needs_several_images():
-            raise ValueError(
-                "split attention normalises pooled features with BatchNorm, which cannot train on one image "
-                "(one value a channel); use 2 or more images a step and process, or norm='frozen_bn' or 'gn'"
-            )
+        check_pooled_batch(self.bn1, pooled.shape[0], "split attention")
         total = pooled.unflatten(1, (self.radix, -1)).sum(1)  # (N, channels, 1, 1)
         logits = self.fc2(self.relu(self.bn1(self.fc1(total))))
         # fc2's groups are the outer axis of its output: (groups, radix, channels / groups) to radix-major.
-        return logits.view(len(logits), self.groups, self.radix, -1).transpose(1, 2).flatten(2)
+        return logits.flatten(1).unflatten(1, (self.groups, self.radix, -1)).transpose(1, 2).flatten(2)
