@@ -32,7 +32,7 @@ from resnest_det.data import (
 from resnest_det.data.sample import SAMPLE_VERSION, default_cache_folder, ensure_sample_dataset
 from resnest_det.engine import create_optimizer, create_schedule
 from resnest_det.evaluation import SegmentationInference
-from resnest_det.layers import NormName, SplitAttentionConv2d
+from resnest_det.layers import NormName, SelectiveKernelConv2d, SplitAttentionConv2d
 from resnest_det.models import deeplabv3plus, faster_rcnn
 
 Split = Literal["train", "val"]
@@ -198,12 +198,14 @@ def check_batch_size(model: nn.Module, num_images: int) -> None:
     """Refuse training steps of one image where a norm of the model's attention needs several.
 
     Raises:
-        ValueError: `num_images` is 1 and the model has split attention with BatchNorm that trains.
+        ValueError: `num_images` is 1, and the model has split attention or selective kernels with BatchNorm that
+            trains.
     """
-    attention = [module for module in model.modules() if isinstance(module, SplitAttentionConv2d)]
+    pooling = (SplitAttentionConv2d, SelectiveKernelConv2d)
+    attention = [module for module in model.modules() if isinstance(module, pooling)]
     if num_images == 1 and any(module.needs_several_images() for module in attention):
         raise ValueError(
-            "split attention normalises pooled features over the images of a step, and data.batch_size or the "
+            "the backbone's attention normalises pooled features over the images of a step, and data.batch_size or the "
             "training set gives 1: use data.batch_size=2 or more, or model.norm=frozen_bn or gn"
         )
 

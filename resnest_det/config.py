@@ -259,7 +259,10 @@ class DetectorSettings(Section):
 
     detector: Literal["faster_rcnn"] = Field("faster_rcnn", description="Detector built on the backbone.")
     backbone: str = Field("resnest50", description="Backbone's name, one of list_backbones().")
-    weights: str = Field("", description='Backbone\'s weights: "" (random), "imagenet", or a file\'s path.')
+    weights: str = Field(
+        "",
+        description='Backbone\'s weights: "" (random), "imagenet" or another published name, a file\'s path, or a URL.',
+    )
     norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] = Field(
         "bn", description="Normalisation layers of the backbone: batch, frozen batch, synchronised batch, group."
     )
@@ -315,7 +318,10 @@ class SegmenterSettings(Section):
 
     segmenter: Literal["deeplabv3plus"] = Field("deeplabv3plus", description="Segmentation model on the backbone.")
     backbone: str = Field("resnest50", description="Backbone's name, one of list_backbones().")
-    weights: str = Field("", description='Backbone\'s weights: "" (random), "imagenet", or a file\'s path.')
+    weights: str = Field(
+        "",
+        description='Backbone\'s weights: "" (random), "imagenet" or another published name, a file\'s path, or a URL.',
+    )
     norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] = Field(
         "bn", description="Normalisation layers of the backbone: batch, frozen batch, synchronised batch, group."
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
+from torch import nn
+
 import resnest_det
 import resnest_det.backbones
 import resnest_det.data
@@ -26,16 +29,35 @@ ROOMS = [
 
 
 def test_promised_names() -> None:
-    from resnest_det import create_backbone, fpn_backbone, list_backbones, load_weights, resnest50, stage_extractor
+    from resnest_det import (
+        create_backbone,
+        fpn_backbone,
+        list_backbones,
+        list_weights,
+        load_weights,
+        resnest50,
+        se_resnet50,
+        stage_extractor,
+    )
+    from resnest_det.backbones import convert_state_dict
     from resnest_det.data import ADE20K, CocoDetection
     from resnest_det.evaluation import CocoMeanAveragePrecision, MeanIoU, evaluate
-    from resnest_det.layers import SplitAttentionConv2d
+    from resnest_det.layers import (
+        CBAM,
+        EfficientChannelAttention,
+        SelectiveKernelConv2d,
+        SplitAttentionConv2d,
+        SqueezeExcitation,
+    )
     from resnest_det.models import deeplabv3plus, faster_rcnn
+    from resnest_det.testing import check_backbone
 
     promised = [
         *(create_backbone, fpn_backbone, list_backbones, load_weights, resnest50, stage_extractor),
         *(CocoDetection, CocoMeanAveragePrecision, evaluate, SplitAttentionConv2d, faster_rcnn),
         *(ADE20K, MeanIoU, deeplabv3plus),
+        *(se_resnet50, list_weights, convert_state_dict, check_backbone),
+        *(CBAM, EfficientChannelAttention, SelectiveKernelConv2d, SqueezeExcitation),
     ]
     assert all(callable(name) for name in promised)
     assert set(list_backbones()) <= set(resnest_det.__all__)
@@ -47,8 +69,11 @@ def test_no_public_function_swallows_a_misspelt_argument() -> None:
         for name in room.__all__:
             value = getattr(room, name)
             is_class = inspect.isclass(value) and not getattr(value, "_is_protocol", False)
-            if is_class or inspect.isfunction(value):
+            if is_class and value.__init__ is nn.Module.__init__:  # it takes **kwargs to refuse them itself
+                with pytest.raises(TypeError, match="misspelt"):
+                    value(misspelt=1)
+            elif is_class or inspect.isfunction(value):
                 kinds = [parameter.kind for parameter in inspect.signature(value).parameters.values()]
                 assert inspect.Parameter.VAR_KEYWORD not in kinds, f"{room.__name__}.{name}"
                 checked += 1
-    assert checked > 60
+    assert checked > 120

@@ -1,10 +1,21 @@
 """Networks by name, their weights, and their stages as features."""
 
+from resnest_det.backbones.key_layouts import convert_state_dict
+from resnest_det.backbones.published import list_weights
 from resnest_det.backbones.resnet import BasicBlock, Bottleneck, ResNet, Stage
 from resnest_det.backbones.stages import STAGES, StageExtractor, fpn_backbone, freeze_stages, stage_extractor
 from resnest_det.backbones.variants import (
     VARIANTS,
+    cbam_resnet18,
+    cbam_resnet34,
+    cbam_resnet50,
+    cbam_resnet101,
     create_backbone,
+    eca_resnet18,
+    eca_resnet34,
+    eca_resnet50,
+    eca_resnet101,
+    eca_resnet152,
     list_backbones,
     resnest14,
     resnest26,
@@ -26,6 +37,15 @@ from resnest_det.backbones.variants import (
     resnet152,
     resnext50_32x4d,
     resnext101_32x8d,
+    se_resnet18,
+    se_resnet34,
+    se_resnet50,
+    se_resnet101,
+    se_resnet152,
+    se_resnext50_32x4d,
+    se_resnext101_32x4d,
+    sk_resnet50,
+    sk_resnet101,
 )
 from resnest_det.backbones.weights import load_weights
 
@@ -37,10 +57,21 @@ __all__ = [
     "ResNet",
     "Stage",
     "StageExtractor",
+    "cbam_resnet18",
+    "cbam_resnet34",
+    "cbam_resnet50",
+    "cbam_resnet101",
+    "convert_state_dict",
     "create_backbone",
+    "eca_resnet18",
+    "eca_resnet34",
+    "eca_resnet50",
+    "eca_resnet101",
+    "eca_resnet152",
     "fpn_backbone",
     "freeze_stages",
     "list_backbones",
+    "list_weights",
     "load_weights",
     "resnest14",
     "resnest26",
@@ -62,5 +93,14 @@ __all__ = [
     "resnet152",
     "resnext50_32x4d",
     "resnext101_32x8d",
+    "se_resnet18",
+    "se_resnet34",
+    "se_resnet50",
+    "se_resnet101",
+    "se_resnet152",
+    "se_resnext50_32x4d",
+    "se_resnext101_32x4d",
+    "sk_resnet50",
+    "sk_resnet101",
     "stage_extractor",
 ]

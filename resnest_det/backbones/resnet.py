@@ -28,7 +28,10 @@ OutputStride = Literal[8, 16, 32]
 
 
 class SpatialConv(Protocol):
-    """Builds what stands in a bottleneck's 3x3 slot, norm and activation included."""
+    """Builds what stands in a bottleneck's 3x3 slot, norm and activation included.
+
+    The network initialises the Conv2d in it as its own; see ResNet.
+    """
 
     def __call__(self, channels: int, *, stride: int, dilation: int, groups: int, norm_layer: NormLayer) -> nn.Module:
         """A module from (N, channels, H, W) to (N, channels, H / stride, W / stride)."""
@@ -240,7 +243,8 @@ class ResNet(nn.Module):
         groups: groups of the 3x3 in each bottleneck.
         width_per_group: channels of a group where a stage's planes are 64.
         spatial_conv: the slot of the bottleneck's 3x3, see SpatialConv; None is a plain convolution.
-        gate: the slot before the addition: channels -> module; None is empty.
+        gate: the slot before the addition: channels -> module; None is empty. A gate keeps the initial values it
+            comes with, such as a last layer of zeros; every other Conv2d starts from He's normal distribution.
         average_pool: None; or "before" or "after": the first block of layer2, layer3 and layer4 has an average
             pool there, which carries its stride. In a dilated stage it stays, at stride 1.
         pooled_shortcut: strided shortcuts pool by averages and convolve at stride 1 (ResNet-D).
@@ -391,10 +395,16 @@ def _shortcut(in_channels: int, channels: int, stride: int, pooled: bool, norm_l
 
 
 def _initialise(net: nn.Module) -> None:
-    """He initialisation of the convolutions by their outputs, as torchvision and the released ResNeSt do."""
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    """He initialisation of the convolutions by their outputs, as torchvision and the released ResNeSt do.
+
+    Gates are left as they were built: a last layer of zeros there is meant.
+    """
+    for name, child in net.named_children():
+        if name == "gate":
+            continue
+        if isinstance(child, nn.Conv2d):
+            nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
+        _initialise(child)
 
 
 def _mark_loaded(net: ResNet, incompatible_keys: Any) -> None:  # noqa: ARG001 (torch gives a hook both)

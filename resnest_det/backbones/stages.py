@@ -2,28 +2,38 @@
 
 torchvision's IntermediateLayerGetter runs the children of a network in order and returns the outputs of the named
 ones; BackboneWithFPN puts a feature pyramid (Lin et al., arXiv 1612.03144) on them. Both take our networks as they
-are. What is added here: channels and strides are read off the stages, and freezing is complete.
+are. What is added here: channels and strides are read off the stages or measured, networks of torchvision and timm
+that are not flat are taken too, and freezing is complete.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
-from resnest_det.layers import NormName, norm_layer
+from resnest_det.backbones.other_networks import (
+    ACCEPTED,
+    TimmLevels,
+    flat_network,
+    is_timm_network,
+    measured_shapes,
+    stage_parts,
+)
+from resnest_det.layers import NormLayer, NormName, norm_layer
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class StageExtractor(IntermediateLayerGetter):
+class StageExtractor(nn.Module):
     """A network that ends at its last wanted stage and returns the features of each wanted one.
 
     It shares its modules with the network that it was made from.
@@ -33,25 +43,68 @@ class StageExtractor(IntermediateLayerGetter):
         strides: pixels of the input for one step of each stage's features, by the stage's name.
     """
 
-    def __init__(self, net: nn.Module, stages: Sequence[str]) -> None:
-        shapes = _stage_shapes(net, stages)
-        super().__init__(net, {name: name for name in stages})
+    channels: dict[str, int]
+    strides: dict[str, int]
+
+
+class _FlatStageExtractor(StageExtractor, IntermediateLayerGetter):
+    """The stages of a flat network, its children up to the last of them; `keys` are the features' by the stages'."""
+
+    def __init__(self, net: nn.Module, keys: Mapping[str, str]) -> None:
+        shapes = _stage_shapes(net, list(keys))
+        super().__init__(net, dict(keys))
         self.channels = {name: channels for name, (channels, _) in shapes.items()}
         self.strides = {name: stride for name, (_, stride) in shapes.items()}
+
+
+class _TimmStageExtractor(StageExtractor):
+    """The stages of one of timm's networks; `keys` are the features' by the stages'."""
+
+    def __init__(self, net: nn.Module, keys: Mapping[str, str]) -> None:
+        super().__init__()
+        _check_stages(net, list(keys), STAGES)
+        self.levels = TimmLevels(net, [STAGES.index(name) for name in keys])
+        self.channels = {name: channels for name, (channels, _) in zip(keys, self.levels.shapes, strict=True)}
+        self.strides = {name: stride for name, (_, stride) in zip(keys, self.levels.shapes, strict=True)}
+        self.features = tuple(keys.values())
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) to the features of each stage."""
+        return dict(zip(self.features, self.levels(x), strict=True))
+
+
+class _StagesWithFPN(BackboneWithFPN):
+    """torchvision's BackboneWithFPN on an extractor made already, which torchvision's own makes itself."""
+
+    def __init__(
+        self, body: StageExtractor, out_channels: int, extra_blocks: ExtraFPNBlock, norm_layer: NormLayer | None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.body = body
+        self.fpn = FeaturePyramidNetwork(list(body.channels.values()), out_channels, extra_blocks, norm_layer)
+        self.out_channels = out_channels
 
 
 def stage_extractor(net: nn.Module, stages: Sequence[str] = STAGES) -> StageExtractor:
     """The features of a network's stages: images (N, 3, H, W) to a dict of (N, channels, H / stride, W / stride).
 
     Args:
-        net: a network of create_backbone, or any module whose children run in order and whose stages have the
-            attributes `channels` and `stride`.
+        net: one of
+            - a network of create_backbone;
+            - one of torchvision: ResNet (also as ResNeXt and Wide ResNet), ConvNeXt, DenseNet, EfficientNet,
+              MobileNetV2, MobileNetV3, RegNet, SwinTransformer. Where the stride grows a stage begins: "layer1" is of
+              stride 4, "layer4" of stride 32 with the last 1x1 convolution, what comes before is "stem";
+            - one of timm whose features have the strides 4, 8, 16 and 32, or fewer with output_stride=16 or 8; the
+              stages are "layer1" to "layer4" whatever timm names them (set its grad_checkpointing before);
+            - any module whose children run in order. Channels and stride of a stage are its integer attributes
+              `channels` and `stride`, or are measured.
+            Measuring runs the network on one image of 64x64, without changing it.
         stages: names of stages, the keys of the features.
 
     Raises:
-        ValueError: a stage does not exist or does not state its channels and stride.
+        ValueError: a stage does not exist, or the network is of no such kind.
     """
-    return StageExtractor(net, stages)
+    return _extractor(net, {name: name for name in stages})
 
 
 def fpn_backbone(
@@ -66,7 +119,7 @@ def fpn_backbone(
     """A feature pyramid on a network's stages, as torchvision's detectors take it.
 
     Args:
-        net: a network of create_backbone; its modules are shared, and frozen as asked.
+        net: a network of create_backbone or another, see stage_extractor; its modules are shared, and frozen as asked.
         trainable_stages: how many of (layer4, layer3, layer2, layer1, stem) train, from the back; the rest is frozen,
             see freeze_stages.
         stages: the stages under the pyramid, from the finest.
@@ -84,39 +137,40 @@ def fpn_backbone(
     """
     if extra_level not in ("pool", "p6p7"):
         raise ValueError(f"extra_level={extra_level!r} must be 'pool' or 'p6p7'")
-    channels = [channels for channels, _ in _stage_shapes(net, stages).values()]
+    keys = {name: str(index) for index, name in enumerate(stages)}
+    _extractor(net, keys)  # refuses what it must before anything is frozen
     freeze_stages(net, trainable_stages)
-    return BackboneWithFPN(
-        net,
-        {name: str(index) for index, name in enumerate(stages)},
-        channels,
+    return _StagesWithFPN(
+        _extractor(net, keys),
         out_channels,
-        extra_blocks=LastLevelMaxPool() if extra_level == "pool" else LastLevelP6P7(out_channels, out_channels),
-        norm_layer=norm_layer(norm) if norm else None,
+        LastLevelMaxPool() if extra_level == "pool" else LastLevelP6P7(out_channels, out_channels),
+        norm_layer(norm) if norm else None,
     )
 
 
 def freeze_stages(net: nn.Module, trainable_stages: int) -> None:
     """Freeze all but the last stages of a network, in place.
 
-    A frozen stage has no gradients, and its BatchNorm becomes FrozenBatchNorm2d: otherwise its running statistics
-    would go on changing under weights that do not.
+    A frozen stage has no gradients, and its BatchNorm becomes FrozenBatchNorm2d, or timm's FrozenBatchNormAct2d where
+    an activation is part of it: otherwise its running statistics would go on changing under weights that do not.
 
     Args:
-        net: a network with children conv1, bn1, layer1 ... layer4.
+        net: a network that stage_extractor takes, with the stages layer1 ... layer4.
         trainable_stages: how many of (layer4, layer3, layer2, layer1, stem) stay trainable, from the back: 5 is all.
 
     Warns:
         UserWarning: what is frozen has random weights.
 
     Raises:
-        ValueError: trainable_stages is not between 0 and 5.
+        ValueError: trainable_stages is not between 0 and 5, or the network cannot be frozen by stages.
     """
     if not 0 <= trainable_stages <= 5:
         raise ValueError(f"trainable_stages={trainable_stages} must be between 0 (none) and 5 (all)")
-    parts = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
-    frozen = [name for part in parts[: 5 - trainable_stages] for name in part]
-    if frozen and not getattr(net, "weights_loaded", True):
+    if trainable_stages == 5:
+        return
+    parts = stage_parts(net)
+    frozen = [name for part in parts[: 5 - trainable_stages] for name in part if net.get_submodule(name).state_dict()]
+    if not getattr(net, "weights_loaded", True):
         warnings.warn(
             f"trainable_stages={trainable_stages} freezes {', '.join(frozen)}, whose weights are random: load weights "
             f"first, or use trainable_stages=5",
@@ -125,37 +179,73 @@ def freeze_stages(net: nn.Module, trainable_stages: int) -> None:
     for name in frozen:
         net.set_submodule(name, _frozen_norms(net.get_submodule(name)))
         net.get_submodule(name).requires_grad_(False)
+    for parameter in net.parameters(recurse=False):  # a position embedding, which belongs to the stem
+        parameter.requires_grad_(False)
 
 
 def _frozen_norms(module: nn.Module) -> nn.Module:
-    """`module` with each BatchNorm in it replaced by a FrozenBatchNorm2d of the same function."""
+    """`module` with each BatchNorm in it replaced by a frozen one of the same function."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        frozen = FrozenBatchNorm2d(module.num_features, eps=module.eps)
-        frozen.load_state_dict(module.state_dict(), strict=False)
-        return frozen.to(module.weight.device)
+        return _frozen_norm(module)
     for name, child in module.named_children():
         setattr(module, name, _frozen_norms(child))
     return module
 
 
+def _frozen_norm(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
+    if norm.running_var is None:
+        raise ValueError(
+            f"{type(norm).__name__} without running statistics cannot be frozen: build the network with "
+            f"track_running_stats=True, or use trainable_stages=5"
+        )
+    with norm.running_var.device:
+        if type(norm).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
+            frozen: nn.Module = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
+            frozen.load_state_dict(norm.state_dict(), strict=False)
+        elif type(norm).__module__.startswith("timm."):
+            frozen = importlib.import_module("timm.layers").freeze_batch_norm_2d(norm)
+        else:
+            raise ValueError(
+                f"{type(norm).__name__} is a BatchNorm with a forward of its own, whose frozen form is not known: "
+                f"replace it yourself and use trainable_stages=5"
+            )
+    return frozen.to(norm.running_var.dtype)
+
+
+def _extractor(net: nn.Module, keys: Mapping[str, str]) -> StageExtractor:
+    """The extractor that fits the network; `keys` are the features' by the stages'."""
+    return _TimmStageExtractor(net, keys) if is_timm_network(net) else _FlatStageExtractor(flat_network(net), keys)
+
+
 def _stage_shapes(net: nn.Module, stages: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Channels and stride of each stage by its name, checked to exist and to be in the order they run."""
+    """Channels and stride of each stage of a flat network by its name, stated or measured."""
     children = dict(net.named_children())
-    shapes = {}
+    _check_stages(net, stages, list(children))
+    stated = {}
     for name in stages:
-        if name not in children:
-            (nearest,) = difflib.get_close_matches(name, children, n=1, cutoff=0) or [""]
-            raise ValueError(
-                f"{type(net).__name__} has no stage {name!r}; did you mean {nearest!r}? "
-                f"Its children: {', '.join(children)}"
-            )
         channels, stride = getattr(children[name], "channels", None), getattr(children[name], "stride", None)
-        if not isinstance(channels, int) or not isinstance(stride, int):
-            raise ValueError(
-                f"{name!r} of {type(net).__name__} does not state its channels and stride: stages of create_backbone "
-                f"do; give a stage of your own the integer attributes `channels` and `stride`"
-            )
-        shapes[name] = channels, stride
-    if list(shapes) != [name for name in children if name in shapes]:
-        raise ValueError(f"stages={tuple(stages)} must be in the order they run, that of {', '.join(children)}")
-    return shapes
+        if isinstance(channels, int) and isinstance(stride, int):
+            stated[name] = channels, stride
+    if len(stated) == len(stages):
+        return stated
+    measured = measured_shapes(net, [name for name in stages if name not in stated])
+    return {name: stated.get(name) or measured[name] for name in stages}
+
+
+def _check_stages(net: nn.Module, stages: Sequence[str], choices: Sequence[str]) -> None:
+    """Check that the stages are among `choices`, and in their order, in which they run."""
+    unknown = [name for name in stages if name not in choices]
+    if unknown and len(unknown) == len(stages) and set(stages) <= set(STAGES):
+        raise ValueError(
+            f"{type(net).__name__} has no stage {unknown[0]!r}, only {', '.join(choices)}. Accepted are {ACCEPTED}"
+        )
+    if unknown:
+        (nearest,) = difflib.get_close_matches(unknown[0], choices, n=1, cutoff=0) or [""]
+        raise ValueError(
+            f"{type(net).__name__} has no stage {unknown[0]!r}; did you mean {nearest!r}? "
+            f"Its children: {', '.join(choices)}"
+        )
+    if not stages or list(stages) != [name for name in choices if name in stages]:
+        raise ValueError(
+            f"stages={tuple(stages)} must be in the order they run, that of {', '.join(choices)}, and at least one"
+        )

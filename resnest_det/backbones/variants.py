@@ -1,7 +1,8 @@
 """The table of networks: literal numbers, one line a variant, and the functions that build them by name.
 
 The numbers are those of the papers' tables and of the released code: torchvision for ResNet and ResNeXt,
-zhanghang1989/ResNeSt for ResNeSt.
+zhanghang1989/ResNeSt for ResNeSt, hujie-frank/SENet for SE, implus/SKNet for SK, Jongchan/attention-module for CBAM,
+BangguWu/ECANet for ECA. SE, CBAM and ECA stand on torchvision's ResNet and ResNeXt, whose stride is on the 3x3.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import nn
@@ -24,20 +24,32 @@ from resnest_det.backbones.resnet import (
     ResNet,
     SpatialConv,
 )
-from resnest_det.backbones.weights import load_imagenet_weights, load_weights
+from resnest_det.backbones.weights import load_backbone_weights
 from resnest_det.layers import (
+    CBAM,
+    EfficientChannelAttention,
     NormLayer,
     NormName,
+    SelectiveKernelConv2d,
     SplitAttentionConv2d,
+    SqueezeExcitation,
     group_norm,
     norm_layer,
     pooled_group_norm,
 )
 
 
+class VariantGate(Protocol):
+    """Builds a variant's gate from the channels of a block's output and the norm of the network."""
+
+    def __call__(self, channels: int, *, norm_layer: NormLayer) -> nn.Module:
+        """A module that scales (N, channels, H, W)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Variant:
-    """What tells one network from another; the fields are arguments of ResNet."""
+    """What tells one network from another; the fields are arguments of ResNet, the gate with its norm still open."""
 
     block: type[Block]
     layers: Sequence[int]
@@ -45,9 +57,14 @@ class Variant:
     width_per_group: int = 64
     stem_width: int | None = None
     spatial_conv: SpatialConv | None = None
-    gate: Gate | None = None
+    gate: VariantGate | None = None
     average_pool: Literal["before", "after"] | None = None
     pooled_shortcut: bool = False
+
+
+def _pooled(norm_layer: NormLayer) -> NormLayer:
+    """The norm for features pooled to 1x1 in a network with that norm."""
+    return pooled_group_norm if norm_layer is group_norm else norm_layer
 
 
 def _split_attention(
@@ -63,7 +80,7 @@ def _split_attention(
         groups=groups,
         radix=radix,
         norm_layer=norm_layer,
-        pooled_norm_layer=pooled_group_norm if norm_layer is group_norm else norm_layer,
+        pooled_norm_layer=_pooled(norm_layer),
     )
 
 
@@ -88,8 +105,36 @@ def _resnest(
     )
 
 
+def _selective_kernel(channels: int, *, stride: int, dilation: int, groups: int, norm_layer: NormLayer) -> nn.Module:
+    return SelectiveKernelConv2d(
+        channels,
+        channels,
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
+        norm_layer=norm_layer,
+        pooled_norm_layer=_pooled(norm_layer),
+    )
+
+
+def _squeeze_excitation(channels: int, *, norm_layer: NormLayer) -> nn.Module:  # noqa: ARG001 (it has no norm)
+    return SqueezeExcitation(channels, reduction=16)
+
+
+def _eca_resnet(block: type[Block], layers: Sequence[int], *, kernel_sizes: tuple[int, int, int, int]) -> Variant:
+    """A ResNet with ECA; `kernel_sizes` are those of the four stages, as released, and not those of ECA's formula."""
+    by_channels = {planes * block.expansion: k for planes, k in zip((64, 128, 256, 512), kernel_sizes, strict=True)}
+
+    def gate(channels: int, *, norm_layer: NormLayer) -> nn.Module:  # noqa: ARG001 (it has no norm)
+        return EfficientChannelAttention(channels, kernel_size=by_channels[channels])
+
+    return Variant(block, layers, gate=gate)
+
+
 # In resnest50_fast_RsGxWd, R is the radix, G the groups and W the width of a group; "fast" pools before the 3x3.
 _fast = partial(_resnest, (3, 4, 6, 3), average_pool="before")
+_se = partial(Variant, gate=_squeeze_excitation)
+_cbam = partial(Variant, gate=CBAM)
 
 VARIANTS: dict[str, Variant] = {
     "resnet18": Variant(BasicBlock, (2, 2, 2, 2)),
@@ -112,6 +157,24 @@ VARIANTS: dict[str, Variant] = {
     "resnest50_fast_2s2x40d": _fast(radix=2, groups=2, width=40),
     "resnest50_fast_4s2x40d": _fast(radix=4, groups=2, width=40),
     "resnest50_fast_1s4x24d": _fast(radix=1, groups=4, width=24),
+    "se_resnet18": _se(BasicBlock, (2, 2, 2, 2)),
+    "se_resnet34": _se(BasicBlock, (3, 4, 6, 3)),
+    "se_resnet50": _se(Bottleneck, (3, 4, 6, 3)),
+    "se_resnet101": _se(Bottleneck, (3, 4, 23, 3)),
+    "se_resnet152": _se(Bottleneck, (3, 8, 36, 3)),
+    "se_resnext50_32x4d": _se(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
+    "se_resnext101_32x4d": _se(Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=4),
+    "sk_resnet50": Variant(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4, spatial_conv=_selective_kernel),
+    "sk_resnet101": Variant(Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=4, spatial_conv=_selective_kernel),
+    "cbam_resnet18": _cbam(BasicBlock, (2, 2, 2, 2)),
+    "cbam_resnet34": _cbam(BasicBlock, (3, 4, 6, 3)),
+    "cbam_resnet50": _cbam(Bottleneck, (3, 4, 6, 3)),
+    "cbam_resnet101": _cbam(Bottleneck, (3, 4, 23, 3)),
+    "eca_resnet18": _eca_resnet(BasicBlock, (2, 2, 2, 2), kernel_sizes=(3, 5, 7, 7)),
+    "eca_resnet34": _eca_resnet(BasicBlock, (3, 4, 6, 3), kernel_sizes=(3, 3, 5, 7)),
+    "eca_resnet50": _eca_resnet(Bottleneck, (3, 4, 6, 3), kernel_sizes=(3, 5, 5, 7)),
+    "eca_resnet101": _eca_resnet(Bottleneck, (3, 4, 23, 3), kernel_sizes=(3, 3, 5, 7)),
+    "eca_resnet152": _eca_resnet(Bottleneck, (3, 8, 36, 3), kernel_sizes=(3, 3, 5, 7)),
 }
 
 
@@ -132,49 +195,62 @@ def create_backbone(
     output_stride: OutputStride = 32,
     drop_path: float = 0.0,
     checkpoint: bool = False,
+    *,
+    gate: Gate | None = None,
+    spatial_conv: SpatialConv | None = None,
+    new_classifier: bool = False,
 ) -> ResNet:
     """Build a network by name, as a torchvision-style classifier.
 
     Args:
         name: one of list_backbones().
-        weights: None for random weights; "imagenet" for the published ones (downloaded once into torch.hub's
-            folder, checked by hash); else a file's path, see load_weights.
-        num_classes: outputs of the classifier. Published weights need their own 1000.
+        weights: None for random weights; "imagenet" or another name of list_weights(name) for published ones
+            (downloaded once into torch.hub's folder, checked by hash); else a file's path or URL, see load_weights.
+        num_classes: outputs of the classifier. ImageNet's weights have 1000; see new_classifier.
         norm: "bn", "frozen_bn", "sync_bn" or "gn", see layers.norm_layer.
         output_stride: 8, 16 or 32: the smaller, the larger the last feature maps, through dilation.
         drop_path: stochastic depth of the last block, in [0, 1).
         checkpoint: activation checkpointing: less memory in training, more time.
+        gate: attention of one's own in the slot before each block's addition, in place of the network's: a function
+            from the block's channels to a module. Weights may lack its tensors, which then keep their initial
+            values, with a warning.
+        spatial_conv: a convolution of one's own in place of each bottleneck's 3x3, see SpatialConv. Weights must
+            hold its tensors; for a file of the plain network, call load_weights with `keep` and `drop`.
+        new_classifier: weights with another number of classes, or with none, are accepted: the classifier then
+            keeps its initial values, with a warning.
 
     Raises:
         ValueError: unknown name, argument out of range, or weights that do not fit.
-        FileNotFoundError: no file at the path `weights`.
+        FileNotFoundError: there is no such file, or no program can fetch it.
+        ConnectionError: the weights could not be downloaded.
     """
     if name not in VARIANTS:
         nearest = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0)[0]
         raise ValueError(f"backbone {name!r} is unknown; did you mean {nearest!r}? There are: {', '.join(VARIANTS)}")
     variant = VARIANTS[name]
+    make_norm = norm_layer(norm)
+    filled_gate = gate
+    if gate is None and variant.gate is not None:
+        filled_gate = partial(variant.gate, norm_layer=make_norm)
     net = ResNet(
         variant.block,
         variant.layers,
         num_classes=num_classes,
-        norm_layer=norm_layer(norm),
+        norm_layer=make_norm,
         stem_width=variant.stem_width,
         groups=variant.groups,
         width_per_group=variant.width_per_group,
-        spatial_conv=variant.spatial_conv,
-        gate=variant.gate,
+        spatial_conv=spatial_conv or variant.spatial_conv,
+        gate=filled_gate,
         average_pool=variant.average_pool,
         pooled_shortcut=variant.pooled_shortcut,
         output_stride=output_stride,
         drop_path=drop_path,
         checkpoint=checkpoint,
     )
-    if weights == "imagenet":
-        load_imagenet_weights(net, name)
-    elif weights is not None:
-        if not Path(weights).expanduser().is_file():
-            raise FileNotFoundError(f"weights={weights!r} is neither 'imagenet' nor the path of a file")
-        load_weights(net, weights)
+    if weights is not None:
+        own_gate = [key for key in net.state_dict() if gate and ".gate." in key]
+        load_backbone_weights(net, name, weights, new_classifier=new_classifier, keep=own_gate)
     return net
 
 
@@ -189,6 +265,10 @@ class Builder(Protocol):
         output_stride: OutputStride = 32,
         drop_path: float = 0.0,
         checkpoint: bool = False,
+        *,
+        gate: Gate | None = None,
+        spatial_conv: SpatialConv | None = None,
+        new_classifier: bool = False,
     ) -> ResNet:
         """Build the network."""
         ...
@@ -202,8 +282,23 @@ def _builder(name: str) -> Builder:
         output_stride: OutputStride = 32,
         drop_path: float = 0.0,
         checkpoint: bool = False,
+        *,
+        gate: Gate | None = None,
+        spatial_conv: SpatialConv | None = None,
+        new_classifier: bool = False,
     ) -> ResNet:
-        return create_backbone(name, weights, num_classes, norm, output_stride, drop_path, checkpoint)
+        return create_backbone(
+            name,
+            weights,
+            num_classes,
+            norm,
+            output_stride,
+            drop_path,
+            checkpoint,
+            gate=gate,
+            spatial_conv=spatial_conv,
+            new_classifier=new_classifier,
+        )
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"Build {name}; the arguments are those of create_backbone."
@@ -230,3 +325,21 @@ resnest50_fast_1s2x40d = _builder("resnest50_fast_1s2x40d")
 resnest50_fast_2s2x40d = _builder("resnest50_fast_2s2x40d")
 resnest50_fast_4s2x40d = _builder("resnest50_fast_4s2x40d")
 resnest50_fast_1s4x24d = _builder("resnest50_fast_1s4x24d")
+se_resnet18 = _builder("se_resnet18")
+se_resnet34 = _builder("se_resnet34")
+se_resnet50 = _builder("se_resnet50")
+se_resnet101 = _builder("se_resnet101")
+se_resnet152 = _builder("se_resnet152")
+se_resnext50_32x4d = _builder("se_resnext50_32x4d")
+se_resnext101_32x4d = _builder("se_resnext101_32x4d")
+sk_resnet50 = _builder("sk_resnet50")
+sk_resnet101 = _builder("sk_resnet101")
+cbam_resnet18 = _builder("cbam_resnet18")
+cbam_resnet34 = _builder("cbam_resnet34")
+cbam_resnet50 = _builder("cbam_resnet50")
+cbam_resnet101 = _builder("cbam_resnet101")
+eca_resnet18 = _builder("eca_resnet18")
+eca_resnet34 = _builder("eca_resnet34")
+eca_resnet50 = _builder("eca_resnet50")
+eca_resnet101 = _builder("eca_resnet101")
+eca_resnet152 = _builder("eca_resnet152")

@@ -1,106 +1,144 @@
-"""Weights from files: published files by the network's name, and any file by its path.
+"""Weights from files: published files by name, any file by its path or address, in the layouts that are in use.
 
-Loading is strict: a network that was loaded has every one of its tensors from the file. Files are read as data
-(torch.load with weights_only=True), so that a file cannot run code.
+Loading is strict: every tensor of a loaded network is the file's, but for those that the caller names, and a warning
+says which they are. Files are read as data (safetensors, or torch.load with weights_only=True), so that a file cannot
+run code.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
-import urllib.error
-from collections.abc import Iterable
+import urllib.request
+import uuid
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-_RESNEST = "https://github.com/zhanghang1989/ResNeSt/releases/download/weights_step1/"
-_GLUON = "https://github.com/rwightman/pytorch-pretrained-gluonresnest/releases/download/v0.1/"
-_TORCHVISION = "https://download.pytorch.org/models/"
+from resnest_det.backbones.key_layouts import (
+    convert_state_dict,
+    detect_layout,
+    is_backbone_of_a_model,
+    without_wrappers,
+)
+from resnest_det.backbones.published import PublishedWeights, list_weights, published_weights
+from resnest_det.backbones.resnet import ResNet
 
-# The eight hex digits in a file's name are the start of its SHA-256. torchvision's files are its IMAGENET1K_V1,
-# the weights that published detection results start from.
-IMAGENET_FILES: dict[str, str] = {
-    "resnet18": _TORCHVISION + "resnet18-f37072fd.pth",
-    "resnet34": _TORCHVISION + "resnet34-b627a593.pth",
-    "resnet50": _TORCHVISION + "resnet50-0676ba61.pth",
-    "resnet101": _TORCHVISION + "resnet101-63fe2227.pth",
-    "resnet152": _TORCHVISION + "resnet152-394f9c45.pth",
-    "resnext50_32x4d": _TORCHVISION + "resnext50_32x4d-7cdf4587.pth",
-    "resnext101_32x8d": _TORCHVISION + "resnext101_32x8d-8ba56ff5.pth",
-    "resnest14": _GLUON + "gluon_resnest14-9c8fe254.pth",
-    "resnest26": _GLUON + "gluon_resnest26-50eb607c.pth",
-    "resnest50": _RESNEST + "resnest50-528c19ca.pth",
-    "resnest101": _RESNEST + "resnest101-22405ba7.pth",
-    "resnest200": _RESNEST + "resnest200-75117900.pth",
-    "resnest269": _RESNEST + "resnest269-0cc87c48.pth",
-    "resnest50_fast_1s1x64d": _RESNEST + "resnest50_fast_1s1x64d-d8fbf808.pth",
-    "resnest50_fast_2s1x64d": _RESNEST + "resnest50_fast_2s1x64d-44938639.pth",
-    "resnest50_fast_4s1x64d": _RESNEST + "resnest50_fast_4s1x64d-f74f3fc3.pth",
-    "resnest50_fast_1s2x40d": _RESNEST + "resnest50_fast_1s2x40d-32830b84.pth",
-    "resnest50_fast_2s2x40d": _RESNEST + "resnest50_fast_2s2x40d-9d126481.pth",
-    "resnest50_fast_4s2x40d": _RESNEST + "resnest50_fast_4s2x40d-41d14ed0.pth",
-    "resnest50_fast_1s4x24d": _RESNEST + "resnest50_fast_1s4x24d-d4a4f76f.pth",
-}
+FOLDER_VARIABLE = "RESNEST_DET_WEIGHTS"  # the environment variable with a folder of files that are not fetched
+_SECONDS_OF_SILENCE = 30  # after which an address is given up
+_WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict")  # where checkpoints hold a state dict
+_CLASSIFIER = ("fc.weight", "fc.bias")
+_ECA_KERNEL = re.compile(r"layer\d\.\d+\.gate\.conv\.weight")
 
 
-def load_imagenet_weights(net: nn.Module, name: str) -> None:
-    """Load the published ImageNet weights of the network called `name` into `net`.
-
-    The file is downloaded once, into `checkpoints` under torch.hub.get_dir(), and its hash is checked each time.
-
-    Raises:
-        ValueError: no weights are published for `name`, the file's hash is wrong, or it does not fit `net`.
-        ConnectionError: the file could not be downloaded.
-    """
-    if name not in IMAGENET_FILES:
-        raise ValueError(f"no ImageNet weights are published for {name!r}; use weights=None or a file's path")
-    load_weights(net, _download(IMAGENET_FILES[name]))
-
-
-def load_weights(net: nn.Module, file: str | Path) -> None:
+def load_weights(
+    net: nn.Module,
+    source: str | Path,
+    *,
+    new_classifier: bool = False,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> None:
     """Load a file's weights into `net`, all of them or none.
+
+    The tensors of a backbone are renamed from the layout that the file's keys show, see key_layouts. Detectors and
+    segmentation models load their own state dicts. "module." and "_orig_mod." before all keys are dropped, and the
+    counters `num_batches_tracked` may be there or not: FrozenBatchNorm has none.
 
     Args:
         net: a backbone, a detector, or any other module.
-        file: a state dict as torch.save writes it, or a checkpoint that holds one under "model" or
-            "state_dict". The counters `num_batches_tracked` may be there or not: FrozenBatchNorm has none.
+        source: a file's path; or the http(s) address of one; or "network/name" of list_weights(), such as
+            "resnest50/imagenet". A file is safetensors or torch.save's: a state dict, or a checkpoint that holds one
+            under "model", "state_dict", "model_state" or "model_state_dict". What is fetched is kept under its name
+            in `checkpoints` in torch.hub.get_dir(), as torch.hub does, and checked where its name ends in "-" and
+            the first eight or more digits of its SHA-256.
+        new_classifier: accept a file whose classifier (`fc`) has another number of classes, or that has none: the
+            network's stays as it is. The file of a detector or a segmentation model needs no flag for having none.
+        keep: fnmatch patterns, such as "layer?.*.gate.*", of tensors of `net` that the file need not have; without
+            it they stay as they are.
+        drop: fnmatch patterns of tensors of the file, under the names that `net` would have for them, that are left
+            out.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or it is published where no program can fetch it.
+        ConnectionError: no address gave the file.
         ValueError: the file cannot be read as data, or its tensors are not those of `net`; the message names
-            what is missing, extra or of another shape, and `net` is unchanged.
+            what is missing, extra or of another shape, and `net` is unchanged. Or a pattern matches no tensor.
+
+    Warns:
+        UserWarning: tensors of `net` stay as they are, or tensors of the file are left out.
     """
-    path = Path(file).expanduser()
-    state = read_state_dict(path)
-    own = net.state_dict()
-    missing = sorted(_without_counters(own.keys() - state.keys()))
-    extra = sorted(_without_counters(state.keys() - own.keys()))
-    reshaped = [key for key in own if key in state and state[key].shape != own[key].shape]
-    shapes = [f"{key} ({_shape(state[key])} in the file, {_shape(own[key])} in the network)" for key in reshaped]
-    problems = [
-        f"  {len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        for kind, names in (("missing", missing), ("extra", extra), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        hint = ""
-        if not (missing or extra) and all(_is_classifier(key, state[key], own[key]) for key in reshaped):
-            hint = (
-                "\nOnly the classifier differs: the network must have the file's number of classes, which is the data "
-                "set's, and for a detector one more, the background."
-            )
-        raise ValueError(
-            f"the tensors of {path} are not those of this {type(net).__name__}:\n" + "\n".join(problems) + hint
+    path = _find(source)
+    if path is None:
+        raise FileNotFoundError(
+            f"no weights at {source}: give the path of a file, a URL, or network/name of published weights, such as "
+            f"'resnest50/imagenet'{_names_hint(str(source).partition('/')[0])}"
         )
-    net.load_state_dict(state, strict=False)  # what strict would refuse now are the counters alone
+    _load_file(net, path, new_classifier, keep, drop)
+
+
+def load_backbone_weights(
+    net: nn.Module, network: str, weights: str, *, new_classifier: bool = False, keep: Sequence[str] = ()
+) -> None:
+    """Load weights into a backbone, with what is published for it by the short name.
+
+    Args:
+        net: the backbone.
+        network: its name, one of list_backbones().
+        weights: "imagenet" or another name of list_weights(network); else as load_weights's `source`.
+        new_classifier: see load_weights.
+        keep: see load_weights.
+
+    Raises:
+        FileNotFoundError: `weights` is nothing of the kind, or published where no program can fetch it.
+        ConnectionError: no address gave the file.
+        ValueError: nothing of that name is published for the network, or see load_weights.
+    """
+    published = any(entry.name == weights for entry in list_weights(network))
+    if published or weights == "imagenet":
+        path: Path | None = find_weights(published_weights(network, weights))
+    else:
+        path = _find(weights)
+    if path is None:
+        raise FileNotFoundError(
+            f"weights={weights!r} is neither 'imagenet' nor the path of a file, nor a URL or network/name of "
+            f"published weights{_names_hint(network)}"
+        )
+    _load_file(net, path, new_classifier, keep, ())
+
+
+def find_weights(published: PublishedWeights) -> Path:
+    """The file of published weights, with its hash checked.
+
+    It is looked for in the folder that the environment variable RESNEST_DET_WEIGHTS names, then in `checkpoints`
+    under torch.hub.get_dir(); else it is fetched into the latter, from the first address that gives it.
+
+    Raises:
+        FileNotFoundError: no program can fetch it.
+        ConnectionError: no address gave it.
+        ValueError: a copy has another hash, or RESNEST_DET_WEIGHTS is no folder.
+    """
+    if not published.urls:
+        raise FileNotFoundError(
+            f"{published.network}/{published.name} is published where no program can fetch it: get the file from "
+            f"{published.page} and give its path"
+        )
+    return _find_or_fetch(published.file_name, published.urls, published.sha256)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict that a file is, or that it holds under "model" or "state_dict", on the CPU.
+    """The state dict that a file is, or that a checkpoint holds under one of the usual names, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -108,12 +146,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}: give the path of a file")
+    if _is_safetensors(path):
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:  # its errors have no common class but this one
+            raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
     content = read_plain(path)
-    for key in ("model", "state_dict"):
+    for key in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no state dict: a dict of tensors, or one under 'model' or 'state_dict'")
+        raise ValueError(
+            f"{path} holds no state dict: a dict of tensors, or one under {', '.join(map(repr, _WRAPPERS))}"
+        )
     return content
 
 
@@ -129,13 +174,213 @@ def read_plain(path: Path) -> Any:
     except OSError:
         raise
     except pickle.UnpicklingError as error:  # torch's own text advises to read the file unsafely
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f" (it asks for {wanted[1]})" if wanted else ""
         raise ValueError(
-            f"{path} is damaged, or not plain data written by torch.save: it is another kind of file, or reading it "
-            f"would run code, which is refused; save the state dict alone, as torch.save(model.state_dict(), file)"
+            f"{path} is damaged, or not plain data written by torch.save: it is another kind of file, such as "
+            f"detectron2's .pkl of NumPy arrays, or reading it would run code, which is refused{reason}; save the "
+            f"state dict alone, its values as tensors, with torch.save(model.state_dict(), file)"
         ) from error
     except Exception as error:  # bytes that mean nothing fail in every way that a reader can fail in
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is damaged, or not plain data written by torch.save: {reason}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By the file's name, or by how it begins: the length of a JSON header, in 8 bytes, and the header."""
+    with path.open("rb") as file:
+        begin = file.read(9)
+    in_content = begin[8:] == b"{" and int.from_bytes(begin[:8], "little") < path.stat().st_size
+    return path.suffix == ".safetensors" or in_content
+
+
+# --- where a file is
+
+
+def _find(source: str | Path) -> Path | None:
+    """The file at a path or an address, or of published weights by "network/name"; None where it is none of them."""
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        return _find_or_fetch_url(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    network, _, name = str(source).partition("/")
+    return next((find_weights(entry) for entry in list_weights(network) if network and entry.name == name), None)
+
+
+def _names_hint(network: str) -> str:
+    names = [entry.name for entry in list_weights(network)] if network else []
+    return f"; for {network} there are: {', '.join(names)}" if names else ""
+
+
+def _find_or_fetch_url(url: str) -> Path:
+    name = unquote(urlsplit(url).path.rsplit("/", 1)[-1])
+    if not name:
+        raise ValueError(f"{url} names no file: give the address of the file itself")
+    sha256 = re.search(r"-([0-9a-f]{8,64})\.[^-]*$", name)
+    return _find_or_fetch(name, (url,), sha256[1] if sha256 else "")
+
+
+def _find_or_fetch(name: str, urls: Sequence[str], sha256: str) -> Path:
+    """The file `name`, found or fetched, whose SHA-256 begins with `sha256`."""
+    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
+    folders = [checkpoints]
+    if own := os.environ.get(FOLDER_VARIABLE):
+        folders.insert(0, Path(own).expanduser())
+        if not folders[0].is_dir():
+            raise ValueError(f"{FOLDER_VARIABLE}={own!r} is no folder; set it to one that holds weights, or unset it")
+    for path in (folder / name for folder in folders):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if not digest.startswith(sha256):
+                raise ValueError(
+                    f"{path} has SHA-256 {digest[: len(sha256)]}..., where {sha256} is published: it is damaged; "
+                    f"delete it to have it fetched again"
+                )
+            return path
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    reasons = []
+    for url in urls:
+        try:
+            _download(url, checkpoints / name, sha256)
+        except (OSError, HTTPException) as error:
+            reasons.append(f"  {url}: {error or type(error).__name__}")
+        else:
+            return checkpoints / name
+    raise ConnectionError(
+        f"{name} could not be downloaded:\n" + "\n".join(reasons) + f"\nfetch it elsewhere and put it into "
+        f"{folders[0]}, or give its path as weights"
+    )
+
+
+def _download(url: str, path: Path, sha256: str) -> None:
+    """Fetch a file; until it is complete and its hash is right it has another name.
+
+    torch.hub.download_url_to_file waits for a silent host for ever and takes a cut-off file for a whole one.
+
+    Raises:
+        OSError: the address fails or is silent, the connection is cut off, or the file has another hash.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    request = urllib.request.Request(url, headers={"User-Agent": "resnest_det"})
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(request, timeout=_SECONDS_OF_SILENCE) as response, partial.open("xb") as file:
+            length = response.headers.get("Content-Length")
+            num_bytes = int(length) if length else None
+            with tqdm(total=num_bytes, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    digest.update(block)
+                    bar.update(len(block))
+            if num_bytes is not None and file.tell() != num_bytes:
+                raise OSError(f"cut off after {file.tell()} of {num_bytes} bytes")
+        if not digest.hexdigest().startswith(sha256):
+            raise OSError(f"SHA-256 {digest.hexdigest()[: len(sha256)]}..., where {sha256} is published")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# --- from a file into a network
+
+
+def _load_file(net: nn.Module, path: Path, new_classifier: bool, keep: Sequence[str], drop: Sequence[str]) -> None:
+    own = net.state_dict()
+    state = read_state_dict(path)
+    may_lack_classifier = new_classifier
+    if set(_without_counters(state)) != set(_without_counters(own)):
+        state = without_wrappers(state)
+        if isinstance(net, ResNet):
+            may_lack_classifier |= is_backbone_of_a_model(detect_layout(state))
+            try:
+                state = convert_state_dict(state, to="resnest_det")
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+
+    dropped = _matching(drop, state, "drop", f"of {path}")
+    state = {key: tensor for key, tensor in state.items() if key not in dropped}
+    optional = _matching(keep, own, "keep", f"of this {type(net).__name__}")
+    classifier_kept = _why_classifier_is_kept(own, state, new_classifier, may_lack_classifier)
+    if classifier_kept:
+        state = {key: tensor for key, tensor in state.items() if key not in _CLASSIFIER}
+    absent = set(_without_counters(own.keys() - state.keys()))
+    if classifier_kept:
+        absent -= set(_CLASSIFIER)
+    _check_fit(net, own, state, sorted(absent - optional), path)
+
+    said = [
+        classifier_kept,
+        _listed(sorted(absent), "of the network's tensors are not in it and keep their values"),
+        _listed(sorted(_without_counters(dropped)), "of its tensors are left out"),
+    ]
+    if any(said):
+        warnings.warn(f"{path}: {'; '.join(filter(None, said))}", stacklevel=3)
+    net.load_state_dict(state, strict=False)  # what strict would refuse now are counters and what the caller named
+
+
+def _why_classifier_is_kept(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], new_classifier: bool, may_lack_classifier: bool
+) -> str:
+    """Why the network's classifier stays as it is; "" where it is the file's, or has to be."""
+    if "fc.weight" not in own:
+        if new_classifier:
+            raise ValueError(
+                "new_classifier=True needs a network with a classifier `fc`; for other last layers, name their tensors "
+                "in `keep` and `drop`"
+            )
+        return ""
+    num_classes = len(own["fc.weight"])
+    if "fc.weight" not in state:
+        lacks = f"it has no classifier, and the network's, of {num_classes} classes, keeps its values"
+        return lacks if may_lack_classifier else ""
+    in_file = state["fc.weight"]
+    other_classes = in_file.shape != own["fc.weight"].shape and _is_classifier("fc.weight", in_file, own["fc.weight"])
+    if new_classifier and other_classes:
+        return f"its classifier has {len(in_file)} classes, and the network's, of {num_classes}, keeps its values"
+    return ""
+
+
+def _check_fit(
+    net: nn.Module, own: Mapping[str, Tensor], state: Mapping[str, Tensor], missing: Sequence[str], path: Path
+) -> None:
+    """Raise a ValueError that names what is missing, extra or of another shape, and what to do where that is known."""
+    extra = sorted(_without_counters(state.keys() - own.keys()))
+    reshaped = [key for key in own if key in state and state[key].shape != own[key].shape]
+    shapes = [f"{key} ({_shape(state[key])} in the file, {_shape(own[key])} in the network)" for key in reshaped]
+    problems = [_listed(missing, "missing"), _listed(extra, "extra"), _listed(shapes, "of another shape")]
+    if not any(problems):
+        return
+    hint = ""
+    flag = "; new_classifier=True keeps the network's own" if "fc.weight" in own else ""
+    if not extra and not reshaped and set(missing) <= set(_CLASSIFIER):
+        hint = f"\nOnly the classifier is missing{flag}."
+    elif not extra and not missing and all(_is_classifier(key, state[key], own[key]) for key in reshaped):
+        hint = (
+            "\nOnly the classifier differs: the network must have the file's number of classes, which is the data "
+            f"set's, and for a detector one more, the background{flag}."
+        )
+    elif not extra and not missing and all(_ECA_KERNEL.fullmatch(key) for key in reshaped):
+        hint = _kernel_sizes_hint(own, state)
+    raise ValueError(
+        f"the tensors of {path} are not those of this {type(net).__name__}:"
+        + "".join(f"\n  {problem}" for problem in problems if problem)
+        + hint
+    )
+
+
+def _kernel_sizes_hint(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """How to build the network of a file whose efficient channel attention has other kernels than the table's."""
+    gates = [f"layer{stage}.0.gate.conv.weight" for stage in (1, 2, 3, 4)]
+    sizes = [state[gate].shape[-1] for gate in gates]
+    last_norm = "bn3" if "layer1.0.bn3.weight" in own else "bn2"
+    of_channels = {len(own[f"layer{stage}.0.{last_norm}.weight"]): size for stage, size in enumerate(sizes, start=1)}
+    return (
+        f"\nOnly the kernels of efficient channel attention differ: the file's are of size "
+        f"{', '.join(map(str, sizes))} in layer1 to layer4. Build the network with them: create_backbone(..., "
+        f"gate=lambda channels: EfficientChannelAttention(channels, kernel_size={of_channels}[channels]))"
+    )
 
 
 def _is_classifier(key: str, in_file: Tensor, in_network: Tensor) -> bool:
@@ -144,33 +389,31 @@ def _is_classifier(key: str, in_file: Tensor, in_network: Tensor) -> bool:
     return last is not None and in_file.shape[1:] == in_network.shape[1:]
 
 
-def _download(url: str) -> Path:
-    """The file at `url`, from torch.hub's folder or fetched into it, with the hash in its name checked."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    prefix = path.stem.rsplit("-", 1)[1]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix)
-        except (urllib.error.URLError, OSError) as error:
-            raise ConnectionError(
-                f"{url} could not be downloaded ({error}); fetch it elsewhere and put it at {path}, "
-                f"or give its path as weights"
-            ) from error
-        except RuntimeError as error:
-            raise ValueError(f"{url} is damaged or replaced: {error}") from error
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if not digest.startswith(prefix):
-        raise ValueError(
-            f"{path} has SHA-256 {digest[:8]}..., where its name says {prefix}: it is damaged; "
-            f"delete it to have it fetched again"
-        )
-    return path
+def _matching(patterns: Sequence[str], names: Iterable[str], argument: str, whose: str) -> set[str]:
+    """The names that match one of the patterns, each of which must match some."""
+    names = list(names)
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern)}
+        if not matches:
+            raise ValueError(
+                f"{argument}: no tensor {whose} matches {pattern!r}; there are {_first(names)}, and in these patterns "
+                f"* stands for any text"
+            )
+        found |= matches
+    return found
 
 
 def _without_counters(names: Iterable[str]) -> list[str]:
     return [name for name in names if not name.endswith("num_batches_tracked")]
+
+
+def _listed(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}: {_first(names)}" if names else ""
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _shape(tensor: Tensor) -> str:

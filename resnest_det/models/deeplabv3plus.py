@@ -179,8 +179,9 @@ def deeplabv3plus(
     H, W)}.
 
     Args:
-        backbone: a network of create_backbone(..., output_stride=16 or 8); its modules are shared, and frozen as
-            asked.
+        backbone: a network of create_backbone(..., output_stride=16 or 8), or one of torchvision, timm or your own
+            that stage_extractor takes, with aspp_rates where its last stage has another stride; its modules are
+            shared, and frozen as asked.
         num_classes: number of classes, 2 or more; there is no background beyond them.
         head_channels: channels of the ASPP and of the decoder.
         low_level_channels: channels that layer1's features are projected to.
@@ -196,7 +197,8 @@ def deeplabv3plus(
         ohem_threshold: counts only pixels whose true class is less probable than this, see SegmentationLoss.
         ohem_min_kept: the least number of pixels an image that ohem_threshold leaves.
         dice_weight: factor of a Dice loss; 0 leaves it out.
-        image_mean: mean of each channel of the images in [0, 1], subtracted by the model.
+        image_mean: mean of each channel of the images in [0, 1], subtracted by the model; ImageNet's, unless the
+            backbone was trained with another, as some of timm's were (`pretrained_cfg["mean"]` and `["std"]`).
         image_std: standard deviation of each channel, divided by.
 
     Raises:
@@ -227,7 +229,8 @@ def deeplabv3plus(
         if stride not in _ASPP_RATES:
             raise ValueError(
                 f"the backbone has stride {stride}, for which the paper has no ASPP rates: build it with "
-                f"create_backbone(..., output_stride=16) or 8, or give aspp_rates"
+                f"create_backbone(..., output_stride=16) or 8, or give aspp_rates. Of other networks, timm's "
+                f"take output_stride=16, torchvision's ResNet replace_stride_with_dilation, MobileNetV3 dilated=True"
             )
         aspp_rates = _ASPP_RATES[stride]
     if len(aspp_rates) == 0 or min(aspp_rates) < 1:

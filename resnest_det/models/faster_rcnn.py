@@ -55,9 +55,10 @@ def faster_rcnn(
     pixels of the image as given, `labels` (M,) and `scores` (M,), best first. It normalises and resizes by itself.
 
     Args:
-        backbone: a network of create_backbone, which gets a pyramid on layer1 to layer4; or a pyramid made already,
-            as fpn_backbone makes it by default (`out_channels`, and features "0" to "3" and "pool"), for which
-            trainable_stages and the fpn arguments are not allowed.
+        backbone: a network of create_backbone, or one of torchvision, timm or your own that stage_extractor takes,
+            which gets a pyramid on layer1 to layer4; or a pyramid made already, as fpn_backbone makes it by default
+            (`out_channels`, and features "0" to "3" and "pool"), for which trainable_stages and the fpn arguments are
+            not allowed.
         num_classes: number of classes with the background, which is label 0.
         trainable_stages: see fpn_backbone; 5 trains everything.
         fpn_channels: channels of the pyramid.
@@ -72,7 +73,8 @@ def faster_rcnn(
             inference takes the last.
         max_size: bound of the long side, in pixels.
         resize_in_training: False where the training images come resized, as those of this package's pipelines do.
-        image_mean: mean of each channel of the images in [0, 1], subtracted by the model.
+        image_mean: mean of each channel of the images in [0, 1], subtracted by the model; ImageNet's, unless the
+            backbone was trained with another, as some of timm's were (`pretrained_cfg["mean"]` and `["std"]`).
         image_std: standard deviation of each channel, divided by.
         rpn_proposals_train: proposals kept in training, before and after suppression.
         rpn_proposals_eval: proposals kept in inference, before and after suppression.

@@ -64,10 +64,12 @@ def test_a_network_of_ones_own() -> None:
     net = nn.Sequential()
     net.add_module("first", nn.Conv2d(3, 8, 3, stride=2, padding=1))
     net.first.channels, net.first.stride = 8, 2
-    net.add_module("second", nn.Conv2d(8, 4, 1))
+    net.add_module("second", nn.Conv2d(8, 4, 3, stride=4, padding=1))
     assert stage_extractor(net, ["first"])(torch.rand(1, 3, 8, 8))["first"].shape == (1, 8, 4, 4)
-    with pytest.raises(ValueError, match="'second' of Sequential does not state its channels and stride"):
-        stage_extractor(net, ["second"])
+    stages = stage_extractor(net, ["first", "second"])
+    assert (stages.channels, stages.strides) == ({"first": 8, "second": 4}, {"first": 2, "second": 8})
+    net.first.channels, net.first.stride = 80, 20  # no longer true, but stated
+    assert stage_extractor(net, ["first"]).strides == {"first": 20}
 
 
 def test_unknown_stage() -> None:
@@ -75,6 +77,12 @@ def test_unknown_stage() -> None:
         stage_extractor(create_backbone("resnet18"), ["layer5"])
     with pytest.raises(ValueError, match=r"stages=\('layer4', 'layer1'\) must be in the order they run"):
         fpn_backbone(create_backbone("resnet18"), stages=("layer4", "layer1"))
+    with pytest.raises(ValueError, match=r"stages=\(\) must be .* and at least one"):
+        stage_extractor(create_backbone("resnet18"), ())
+    net = create_backbone("resnet18")
+    with pytest.raises(ValueError, match="no stage 'layer5'"):
+        fpn_backbone(net, trainable_stages=0, stages=("layer4", "layer5"))
+    assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 @pytest.mark.parametrize(("extra_level", "levels"), [("pool", ["pool"]), ("p6p7", ["p6", "p7"])])

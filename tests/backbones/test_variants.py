@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 import resnest.torch as released
@@ -12,12 +15,17 @@ import torch
 from resnest.torch.resnet import Bottleneck as ReleasedBottleneck
 from resnest.torch.resnet import ResNet as ReleasedResNet
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d
 
 import resnest_det
-from resnest_det import create_backbone, list_backbones, stage_extractor
-from resnest_det.backbones import VARIANTS, Stage
+from resnest_det import create_backbone, list_backbones, load_weights, stage_extractor
+from resnest_det.backbones import VARIANTS, Stage, convert_state_dict
+from resnest_det.layers import CBAM, EfficientChannelAttention, SelectiveKernelConv2d, SqueezeExcitation
 
-# Parameters with a classifier of 1000: of ResNeSt as computed from the released code, of the others as published.
+# Parameters with a classifier of 1000: of ResNeSt as computed from the released code, of the plain networks as
+# published; of the others as built, the same as published or as in timm where there is such a number: see
+# docs/backbones.md and test_equals_timm.
 NUM_PARAMETERS = {
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
@@ -39,6 +47,24 @@ NUM_PARAMETERS = {
     "resnest50_fast_2s2x40d": 26_943_792,
     "resnest50_fast_4s2x40d": 30_417_592,
     "resnest50_fast_1s4x24d": 25_677_000,
+    "se_resnet18": 11_778_592,
+    "se_resnet34": 21_958_868,
+    "se_resnet50": 28_088_024,
+    "se_resnet101": 49_326_872,
+    "se_resnet152": 66_821_848,
+    "se_resnext50_32x4d": 27_559_896,
+    "se_resnext101_32x4d": 48_955_416,
+    "sk_resnet50": 27_479_784,
+    "sk_resnet101": 48_736_040,
+    "cbam_resnet18": 11_779_392,
+    "cbam_resnet34": 21_960_468,
+    "cbam_resnet50": 28_089_624,
+    "cbam_resnet101": 49_330_172,
+    "eca_resnet18": 11_689_556,
+    "eca_resnet34": 21_797_744,
+    "eca_resnet50": 25_557_112,
+    "eca_resnet101": 44_549_317,
+    "eca_resnet152": 60_193_042,
 }
 TIMM_NAMES = {
     **{name: name for name in list_backbones("resne") if not name.startswith("resnest")},
@@ -50,6 +76,13 @@ TIMM_NAMES = {
     "resnest269": "resnest269e",
     "resnest50_fast_4s2x40d": "resnest50d_4s2x40d",
     "resnest50_fast_1s4x24d": "resnest50d_1s4x24d",
+    # Those whose widths timm's rounding to multiples of 8 leaves as they are: not seresnet18 and seresnet34.
+    "se_resnet50": "seresnet50",
+    "se_resnet101": "seresnet101",
+    "se_resnet152": "seresnet152",
+    "se_resnext50_32x4d": "seresnext50_32x4d",
+    "se_resnext101_32x4d": "seresnext101_32x4d",
+    "sk_resnet50": "skresnext50_32x4d",
 }
 # The arguments of the released package's ResNet beyond those that all its networks share.
 RELEASED = {
@@ -71,7 +104,11 @@ RELEASED = {
     },
 }
 # One of each form; the rest of the table differs from these in its number of blocks.
-FORMS = ["resnet18", "resnet50", "resnext50_32x4d", "resnest14", "resnest50_fast_1s4x24d", "resnest50_fast_4s2x40d"]
+FORMS = [
+    *("resnet18", "resnet50", "resnext50_32x4d"),
+    *("resnest14", "resnest50_fast_1s4x24d", "resnest50_fast_4s2x40d"),
+    *("se_resnet18", "sk_resnet50", "cbam_resnet18", "eca_resnet18"),
+]
 
 
 def randomise_norms(net: nn.Module) -> nn.Module:
@@ -98,9 +135,10 @@ def released_network(name: str, **dilation: object) -> nn.Module:
 
 
 @torch.inference_mode()
-def check_equal(ours: nn.Module, theirs: nn.Module, size: int = 96) -> None:
+def check_equal(ours: nn.Module, theirs: nn.Module, size: int = 96, layout: str = "resnest_det") -> None:
     """The same logits to 1e-5, with the same weights and norms as of a trained network."""
-    theirs.load_state_dict(randomise_norms(ours).state_dict(), assign=True)
+    state = convert_state_dict(randomise_norms(ours).state_dict(), to=layout)
+    theirs.load_state_dict(state, assign=True)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     expected = theirs.eval()(x)
     assert 0.1 < expected.abs().max() < 10
@@ -125,7 +163,7 @@ def test_equals_timm(name: str) -> None:
     ours = create_backbone(name)
     with torch.device("meta"):
         theirs = timm.create_model(TIMM_NAMES[name])
-    check_equal(ours, theirs)
+    check_equal(ours, theirs, layout="timm")
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -161,6 +199,152 @@ def test_dilated_resnets_equal_torchvision(name: str, output_stride: int) -> Non
     check_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["se_resnet50", "sk_resnet50"])
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_dilated_attention_equals_timm(name: str, output_stride: int) -> None:
+    torch.manual_seed(0)
+    ours = create_backbone(name, output_stride=output_stride)
+    with torch.device("meta"):
+        theirs = timm.create_model(TIMM_NAMES[name], output_stride=output_stride)
+    check_equal(ours, theirs, size=75, layout="timm")
+
+
+def plain_norm(x: Tensor, state: dict[str, Tensor], key: str) -> Tensor:
+    mean, variance = state[f"{key}.running_mean"], state[f"{key}.running_var"]
+    scale = state[f"{key}.weight"] / torch.sqrt(variance + 1e-5)
+    return (x - mean[:, None, None]) * scale[:, None, None] + state[f"{key}.bias"][:, None, None]
+
+
+def plain_gate(x: Tensor, state: dict[str, Tensor], key: str) -> Tensor:
+    """The papers' formulas of SE, ECA or CBAM, whichever the names of the tensors at `key` show."""
+
+    def linear(pooled: Tensor, layer: str) -> Tensor:
+        return pooled @ state[f"{layer}.weight"].flatten(1).T + state[f"{layer}.bias"]
+
+    pooled = x.mean((2, 3))  # (N, C)
+    if f"{key}.fc1.weight" in state:
+        scale = linear(linear(pooled, f"{key}.fc1").clamp(min=0), f"{key}.fc2").sigmoid()
+        return x * scale[:, :, None, None]
+    if f"{key}.conv.weight" in state:
+        kernel = state[f"{key}.conv.weight"].flatten()
+        reach = len(kernel) // 2
+        out = torch.empty_like(x)
+        for channel in range(x.shape[1]):
+            logit = torch.zeros(len(x))
+            for offset, weight in enumerate(kernel):
+                neighbour = channel + offset - reach
+                if 0 <= neighbour < x.shape[1]:
+                    logit += weight * pooled[:, neighbour]
+            out[:, channel] = x[:, channel] * logit.sigmoid()[:, None, None]
+        return out
+    mlp = [
+        linear(linear(one, f"{key}.channel.fc1").clamp(min=0), f"{key}.channel.fc2") for one in (pooled, x.amax((2, 3)))
+    ]
+    x = x * (mlp[0] + mlp[1]).sigmoid()[:, :, None, None]
+    planes = torch.stack([x.amax(1), x.mean(1)], dim=1)
+    spatial = F.conv2d(planes, state[f"{key}.spatial.conv.weight"], padding=3)
+    return x * plain_norm(spatial, state, f"{key}.spatial.bn").sigmoid()
+
+
+def plain_selective_kernel(x: Tensor, state: dict[str, Tensor], key: str, stride: int) -> Tensor:
+    """SK from the paper's formulas: two branches of 32 groups, their sum pooled, a softmax over them by channel."""
+    branches = []
+    for index, dilation in enumerate((1, 2)):
+        weight = state[f"{key}.branches.{index}.0.weight"]
+        out = F.conv2d(x, weight, stride=stride, padding=dilation, dilation=dilation, groups=32)
+        branches.append(plain_norm(out, state, f"{key}.branches.{index}.1").clamp(min=0))
+    pooled = (branches[0] + branches[1]).mean((2, 3), keepdim=True)
+    hidden = plain_norm(F.conv2d(pooled, state[f"{key}.fc1.weight"]), state, f"{key}.bn1").clamp(min=0)
+    logits = F.conv2d(hidden, state[f"{key}.fc2.weight"]).exp()
+    channels = logits.shape[1] // 2
+    first, second = logits[:, :channels], logits[:, channels:]
+    return (branches[0] * first + branches[1] * second) / (first + second)
+
+
+def plain_network(x: Tensor, state: dict[str, Tensor], groups: int) -> Tensor:
+    """The logits of a ResNet or ResNeXt with whatever attention its state dict names."""
+    x = plain_norm(F.conv2d(x, state["conv1.weight"], stride=2, padding=3), state, "bn1").clamp(min=0)
+    x = F.max_pool2d(x, 3, 2, 1)
+    for key in dict.fromkeys(match[0] for name in state if (match := re.match(r"layer\d\.\d+", name))):
+        stride = 2 if re.fullmatch(r"layer[234]\.0", key) else 1
+        bottleneck = f"{key}.conv3.weight" in state
+        out = F.conv2d(x, state[f"{key}.conv1.weight"], **({} if bottleneck else {"stride": stride, "padding": 1}))
+        out = plain_norm(out, state, f"{key}.bn1").clamp(min=0)
+        if f"{key}.conv2.fc1.weight" in state:
+            out = plain_selective_kernel(out, state, f"{key}.conv2", stride)
+        else:
+            weight = state[f"{key}.conv2.weight"]
+            out = F.conv2d(out, weight, stride=stride if bottleneck else 1, padding=1, groups=groups)
+            out = plain_norm(out, state, f"{key}.bn2")
+        if bottleneck:
+            out = plain_norm(F.conv2d(out.clamp(min=0), state[f"{key}.conv3.weight"]), state, f"{key}.bn3")
+        if any(name.startswith(f"{key}.gate.") for name in state):
+            out = plain_gate(out, state, f"{key}.gate")
+        if f"{key}.downsample.0.weight" in state:
+            x = plain_norm(
+                F.conv2d(x, state[f"{key}.downsample.0.weight"], stride=stride), state, f"{key}.downsample.1"
+            )
+        x = (x + out).clamp(min=0)
+    return x.mean((2, 3)) @ state["fc.weight"].T + state["fc.bias"]
+
+
+PLAIN = ["se_resnet18", "sk_resnet50", "cbam_resnet18", "cbam_resnet50", "eca_resnet18"]
+PLAIN_SLOW = [name for name in VARIANTS if re.match("(se|sk|cbam|eca)_", name) and name not in PLAIN]
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in PLAIN_SLOW)])
+@torch.inference_mode()
+def test_equals_a_plain_implementation(name: str) -> None:
+    torch.manual_seed(0)
+    net = randomise_norms(create_backbone(name)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = plain_network(x, net.state_dict(), VARIANTS[name].groups)
+    assert 0.1 < expected.abs().max() < 10
+    assert (net(x) - expected).abs().max() < 1e-5
+
+
+def stage_gates(name: str) -> list[nn.Module]:
+    """The gate of each stage's last block."""
+    with torch.device("meta"):
+        net = create_backbone(name)
+    return [net.get_submodule(f"layer{stage}")[-1].gate for stage in (1, 2, 3, 4)]
+
+
+def test_widths_and_kernels_of_the_gates() -> None:
+    """As the papers and the released code have them: channels / 16; ECA's kernels literally, not by its formula."""
+    kernels = {}
+    for name in list_backbones():
+        family = name.partition("_")[0]
+        if family in ("se", "cbam"):
+            gates = stage_gates(name)
+            assert {type(gate) for gate in gates} == {SqueezeExcitation if family == "se" else CBAM}
+            fc1 = [gate.fc1 if family == "se" else gate.channel.fc1 for gate in gates]
+            channels = [64, 128, 256, 512] if name.endswith(("18", "34")) else [256, 512, 1024, 2048]
+            assert [fc.in_channels for fc in fc1] == channels
+            assert [fc.out_channels for fc in fc1] == [width // 16 for width in channels]
+        elif family == "eca":
+            gates = stage_gates(name)
+            assert {type(gate) for gate in gates} == {EfficientChannelAttention}
+            kernels[name] = [gate.conv.kernel_size[0] for gate in gates]
+    assert kernels == {
+        "eca_resnet18": [3, 5, 7, 7],
+        "eca_resnet34": [3, 3, 5, 7],
+        "eca_resnet50": [3, 5, 5, 7],
+        "eca_resnet101": [3, 3, 5, 7],
+        "eca_resnet152": [3, 3, 5, 7],
+    }
+
+
+def test_norms_of_the_attention_are_those_of_the_network() -> None:
+    for norm, kind in {"bn": nn.BatchNorm2d, "frozen_bn": FrozenBatchNorm2d, "gn": nn.GroupNorm}.items():
+        with torch.device("meta"):
+            cbam = create_backbone("cbam_resnet18", norm=norm).layer1[0].gate.spatial.bn
+            selective = create_backbone("sk_resnet50", norm=norm).layer1[0].conv2
+        assert [type(layer) for layer in (cbam, selective.branches[1][1], selective.bn1)] == [kind] * 3
+    assert selective.bn1.num_groups == 1  # features pooled to 1x1
+    assert selective.branches[0][1].num_groups == 32
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_stages_state_their_true_shapes(name: str) -> None:
     for output_stride in (8, 16, 32):
@@ -189,6 +373,9 @@ def test_children_are_flat_and_in_the_order_they_run(name: str) -> None:
 def test_trains_with_every_norm(name: str, norm: str) -> None:
     torch.manual_seed(0)
     net = create_backbone(name, num_classes=5, norm=norm)
+    for parameter in net.parameters():
+        if not parameter.any():  # CBAM's spatial norm starts at 0, and lets no gradient through to its convolution
+            nn.init.normal_(parameter, std=0.1)
     loss = nn.functional.cross_entropy(net(torch.randn(2, 3, 64, 64)), torch.tensor([0, 1]))
     loss.backward()
     assert [key for key, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -208,8 +395,17 @@ def test_channels_last_gives_the_same(name: str) -> None:
     assert feature.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", ["resnest14", "resnet18"])
-@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("name", "drop_path"),
+    [
+        ("resnest14", 0.0),
+        ("resnest14", 0.3),
+        ("resnet18", 0.0),
+        ("resnet18", 0.3),
+        ("cbam_resnet18", 0.3),
+        ("sk_resnet50", 0.0),
+    ],
+)
 def test_checkpointing_changes_nothing_but_memory(name: str, drop_path: float) -> None:
     torch.manual_seed(0)
     plain = create_backbone(name, num_classes=3, drop_path=drop_path)
@@ -301,6 +497,8 @@ def test_every_network_has_its_function(name: str) -> None:
         ({"name": "resnest14", "output_stride": 4}, "output_stride=4 must be 8, 16 or 32"),
         ({"name": "resnest14", "drop_path": 1.0}, "drop_path=1.0 must be at least 0 and below 1"),
         ({"name": "resnest14", "num_classes": 0}, "num_classes=0 must be 1 or more"),
+        ({"name": "se_resnet5O"}, "backbone 'se_resnet5O' is unknown; did you mean 'se_resnet50'"),
+        ({"name": "resnet18", "spatial_conv": SelectiveKernelConv2d}, "spatial_conv and .* need block=Bottleneck"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
@@ -328,3 +526,102 @@ def test_the_gate_slot_stands_before_the_addition() -> None:
         net = ResNet(block, (2, 1, 1, 1), gate=lambda channels: Nothing()).eval()
         x = torch.rand(1, net.layer1.channels, 8, 8)
         torch.testing.assert_close(net.layer1[1](x), x, rtol=0, atol=0)
+
+
+class OwnGate(nn.Module):
+    """Scales the channels by learnt numbers that start at 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((channels, 1, 1), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def own_conv(channels: int, *, stride: int, dilation: int, groups: int, norm_layer: object) -> nn.Module:
+    """A 5x5 depthwise convolution with its norm."""
+    conv = nn.Conv2d(channels, channels, 5, stride, 2 * dilation, dilation, groups=channels, bias=False)
+    return nn.Sequential(conv, norm_layer(channels), nn.ReLU())
+
+
+def train_a_step(net: nn.Module) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    before = [parameter.clone() for parameter in net.parameters()]
+    net.train()(torch.randn(2, 3, 40, 40)).logsumexp(1).sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "se_resnet18", "resnest14"])
+def test_own_gate(name: str) -> None:
+    torch.manual_seed(0)
+    net = create_backbone(name, num_classes=5, gate=OwnGate)
+    assert all(
+        isinstance(block.gate, OwnGate) for stage in (1, 2, 3, 4) for block in net.get_submodule(f"layer{stage}")
+    )
+    assert not any(isinstance(module, SqueezeExcitation) for module in net.modules())
+    train_a_step(net)
+
+
+@pytest.mark.parametrize(("norm", "output_stride"), [("bn", 32), ("gn", 8)])
+def test_own_spatial_conv(norm: str, output_stride: int) -> None:
+    torch.manual_seed(0)
+    net = create_backbone("resnet50", num_classes=5, norm=norm, output_stride=output_stride, spatial_conv=own_conv)
+    assert net.layer4[2].conv2[0].kernel_size == (5, 5)
+    assert net.layer4[2].conv2[0].dilation == ((1, 1) if output_stride == 32 else (4, 4))
+    assert isinstance(net.layer1[0].conv2[1], nn.BatchNorm2d if norm == "bn" else nn.GroupNorm)
+    assert stage_extractor(net).strides["layer4"] == output_stride
+    train_a_step(net)
+
+
+def test_own_gate_keeps_its_values_beside_loaded_weights(tmp_path: Path) -> None:
+    published = randomise_norms(create_backbone("resnet18"))
+    file = tmp_path / "resnet18.pth"
+    torch.save(published.state_dict(), file)
+    with pytest.warns(UserWarning, match=r"8 of the network's tensors .* layer1\.0\.gate\.scale"):
+        net = resnest_det.resnet18(str(file), gate=OwnGate)
+    assert torch.equal(net.layer4[1].conv2.weight, published.layer4[1].conv2.weight)
+    assert torch.equal(net.layer1[0].gate.scale, torch.full((64, 1, 1), 2.0))
+    net.layer1[0].gate.scale.data.fill_(3.0)
+    torch.save(net.state_dict(), file)  # a file that has the gates gives them too
+    again = create_backbone("resnet18", str(file), gate=OwnGate)
+    assert torch.equal(again.layer1[0].gate.scale, torch.full((64, 1, 1), 3.0))
+    with pytest.raises(ValueError, match=r"8 extra: layer1\.0\.gate\.scale"):
+        create_backbone("resnet18", str(file))
+
+
+def test_own_spatial_conv_beside_loaded_weights(tmp_path: Path) -> None:
+    published = randomise_norms(create_backbone("resnet50"))
+    file = tmp_path / "resnet50.pth"
+    torch.save(published.state_dict(), file)
+    with pytest.raises(ValueError, match=r"(?s)missing: layer1\.0\.conv2\.0\.weight.* extra: layer1\.0\.bn2\.bias"):
+        create_backbone("resnet50", str(file), spatial_conv=own_conv)
+    net = create_backbone("resnet50", spatial_conv=own_conv)
+    own = net.layer1[0].conv2[0].weight.clone()
+    with pytest.warns(UserWarning, match=r"keep their values: layer1\.0\.conv2\.0\.weight.* left out: layer1\.0\.bn2"):
+        load_weights(net, file, keep=["layer?.*.conv2.*"], drop=["layer?.*.conv2.*", "layer?.*.bn2.*"])
+    assert torch.equal(net.layer1[0].conv2[0].weight, own)
+    assert torch.equal(net.layer4[2].conv3.weight, published.layer4[2].conv3.weight)
+
+
+def test_new_classifier(tmp_path: Path) -> None:
+    file = tmp_path / "se_resnet18.pth"
+    torch.save(create_backbone("se_resnet18").state_dict(), file)
+    with pytest.raises(ValueError, match="new_classifier=True"):
+        create_backbone("se_resnet18", str(file), num_classes=7)
+    with pytest.warns(UserWarning, match="classifier has 1000 classes, and the network's, of 7, keeps its values"):
+        net = resnest_det.se_resnet18(str(file), num_classes=7, new_classifier=True)
+    assert net.fc.out_features == 7
+
+
+def test_gates_keep_their_initial_values() -> None:
+    torch.manual_seed(0)
+    zero = create_backbone("resnet18", gate=partial(SqueezeExcitation, zero_init=True))
+    assert not zero.layer1[0].gate.fc2.weight.any()
+    bound = 1 / zero.layer4[0].gate.fc1.in_channels ** 0.5  # torch's own initialisation of a 1x1 convolution
+    assert 0.9 * bound < zero.layer4[0].gate.fc1.weight.abs().max() <= bound
+    assert not create_backbone("cbam_resnet18").layer1[0].gate.spatial.bn.weight.any()
+    assert create_backbone("cbam_resnet18", norm="frozen_bn").layer1[0].gate.spatial.bn.weight.item() == 1
+    he = (2 / (512 * 9)) ** 0.5  # the trunk's, by its outputs
+    assert zero.layer4[1].conv2.weight.std().item() == pytest.approx(he, rel=0.01)
