@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import csv
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+from resnest_det import create_backbone
 from resnest_det.cli import main
 from resnest_det.data.sample import read_sample_summary
 
@@ -60,3 +64,118 @@ def test_os_error_is_printed_without_a_traceback(tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert str(tmp_path / "file") in printed
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "four.pth"
+    torch.manual_seed(0)
+    torch.save(create_backbone("resnet18", num_classes=4).state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of two folders, with a picture each and one file that is none."""
+    folder = tmp_path / "pictures"
+    for name, colour in (("ants/1.png", "brown"), ("bees/2.png", "yellow")):
+        (folder / name).parent.mkdir(parents=True)
+        Image.new("RGB", (60, 50), colour).save(folder / name)
+    (folder / "bees" / "broken.png").write_text("not a picture")
+    return folder
+
+
+SMALL = ["--resize", "40", "--crop", "32"]
+
+
+def test_classify_a_file(weights: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(pictures / "ants" / "1.png")
+    assert main(["classify", file, "--backbone", "resnet18", "--weights", weights, "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    first, *classes = printed.out.splitlines()
+    assert first == file
+    assert sorted(line.split()[-1] for line in classes) == ["0", "1", "2", "3"]  # "class 0" to "class 3"
+    assert sum(float(line.split()[0]) for line in classes) == pytest.approx(1, abs=0.002)
+    header = f"resnet18, weights {weights}, 4 classes; short side 256 (bilinear), centre 224 x 224; cpu\n"
+    assert printed.err == header
+
+
+def test_classify_a_folder(weights: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\n")
+    command = ["classify", str(pictures), "--backbone", "resnet18", "--weights", weights, "--device", "cpu", *SMALL]
+    command += ["--classes", str(tmp_path / "names.txt"), "--interpolation", "bicubic", "--top-k", "2"]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    title, *lines = printed.out.splitlines()
+    assert title.split() == ["image", "class", "name", "probability", "others"]
+    assert [line.split()[0] for line in lines] == [str(pictures / "ants" / "1.png"), str(pictures / "bees" / "2.png")]
+    header, skipped, summary = printed.err.splitlines()
+    assert header.endswith("4 classes; short side 40 (bicubic), centre 32 x 32; cpu")
+    assert skipped.startswith(f"skipped: cannot read the image {pictures / 'bees' / 'broken.png'} (Unidentified")
+
+    assert main([*command, "--output", str(tmp_path / "out.csv")]) == 0
+    assert capsys.readouterr().out == ""
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["image"], row["rank"]) for row in rows] == [(line.split()[0], rank) for line in lines for rank in "12"]
+    best = [row for row in rows if row["rank"] == "1"]
+    assert [line.split()[1:4] for line in lines] == [
+        [row["class_index"], row["class_name"], f"{float(row['probability']):.3f}"] for row in best
+    ]
+    mean = sum(float(row["probability"]) for row in best) / 2
+    num_classes = len({row["class_index"] for row in best})
+    assert summary == f"2 images: mean top-1 probability {mean:.3f}; different top-1 classes: {num_classes}"
+
+
+def test_classify_form_that_is_asked_for(weights: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["classify", str(pictures), "--backbone", "resnet18", "--weights", weights, *SMALL]
+    for form, first in (("list", str(pictures)), ("csv", "image,rank,class_index,class_name,probability")):
+        assert main([*command, "--format", form]) == 0
+        assert capsys.readouterr().out.startswith(first)
+
+
+@pytest.mark.parametrize("missing", ["--backbone", "--weights"])
+def test_classify_needs_a_network_and_weights(missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = {"--backbone": "resnet18", "--weights": "imagenet"}
+    del command[missing]
+    with pytest.raises(SystemExit) as stop:
+        main(["classify", "x.png", *(word for pair in command.items() for word in pair)])
+    assert stop.value.code == 2
+    assert f"the following arguments are required: {missing}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backbone", "resnet19"], "backbone 'resnet19' is unknown; did you mean"),
+        (["--weights", "imagenet_v9"], "weights='imagenet_v9' is neither"),
+        (["--backbone", "resnet34"], "four.pth are not those of this ResNet"),
+        (["--top-k", "0"], "top_k is 0, expected 1 to 4"),
+        (["--top-k", "5"], "top_k is 5, expected 1 to 4"),
+        (["--crop", "0"], "crop is 0 and resize is 256"),
+        (["--resize", "200"], "crop is 224 and resize is 200"),
+        (["--batch-size", "0"], "batch_size is 0, expected at least 1"),
+        (["--device", "tpu"], "device 'tpu' is not a device"),
+        (["--classes", "/no such folder/names.txt"], "/no such folder/names.txt do not exist"),
+        (["--output", "/no such folder/out.csv"], "there is no folder /no such folder for the output out.csv"),
+        (["--output", "/"], "the output / is a folder"),
+        (["/no such folder/x.jpg"], "no image or folder /no such folder/x.jpg"),
+    ],
+)
+def test_classify_mistakes_are_messages(
+    arguments: list[str], message: str, weights: str, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["classify", str(pictures / "ants"), "--backbone", "resnet18", "--weights", weights, "--device", "cpu"]
+    if not arguments[0].startswith("-"):
+        command[1] = arguments.pop()
+    assert main([*command, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    error = printed.err[printed.err.index("error: ") :]  # the line before it may say what was loaded
+    assert message in error
+
+
+def test_classify_only_broken_pictures(weights: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = str(pictures / "bees" / "broken.png")
+    assert main(["classify", broken, "--backbone", "resnet18", "--weights", weights]) == 2
+    assert f"error: none of 1 images can be read; the first: cannot read the image {broken}" in capsys.readouterr().err
