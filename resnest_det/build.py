@@ -250,6 +250,7 @@ def _build_backbone(
         output_stride=output_stride,
         drop_path=settings.drop_path,
         checkpoint=settings.checkpoint_activations,
+        new_classifier=True,  # the models have no use for one
     )
     if not load_weights:
         net.weights_loaded = True  # by the checkpoint, before anything runs: freezing them is no mistake

@@ -13,9 +13,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Literal
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import torch
 from PIL import Image
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from resnest_det.backbones import create_backbone
 from resnest_det.backbones.published import Preprocessing, list_weights
+from resnest_det.backbones.weight_files import find_file
 from resnest_det.backbones.weights import load_backbone_weights, read_state_dict
 from resnest_det.data.files import UnreadableImageError, describe_near, read_rgb
 from resnest_det.data.mask_folder import IMAGE_SUFFIXES
@@ -157,7 +158,7 @@ def load_classifier(
     Args:
         network: one of list_backbones().
         weights: "imagenet" or another name of the network's published files, a file's path, or a URL. The number of
-            classes is that of the file at a path; for a URL that of class_names, or 1000.
+            classes is the file's.
         class_names: one for each class; None: ImageNet's where there are 1000, else "class 0", "class 1", ...
         preprocessing: None takes find_preprocessing's.
         top_k: see Classifier.
@@ -168,16 +169,16 @@ def load_classifier(
         ConnectionError: the file could not be downloaded.
         ValueError: unknown network or name, weights that do not fit or have no classifier, or see Classifier.
     """
-    path = Path(weights).expanduser()
-    in_file = _num_classes(path) if path.is_file() else None
-    num_classes = in_file or len(class_names or IMAGENET_CLASS_NAMES)
+    published = [entry.name for entry in list_weights(network)]
+    path = None if weights in ("imagenet", *published) else find_file(weights)
+    num_classes = (_num_classes(path) if path else None) or len(IMAGENET_CLASS_NAMES)
     net = create_backbone(network, None, num_classes)
     nn.init.constant_(net.fc.weight, math.nan)  # to know it again where no file replaced it
-    load_backbone_weights(net, network, weights)
-    if net.fc.weight.isnan().all():  # a detector's file loads without a classifier, with a warning
+    load_backbone_weights(net, network, weights, new_classifier=True)
+    if net.fc.weight.isnan().all():  # a file without a classifier loads, with a warning
         with_one = [entry.name for entry in list_weights(network) if entry.preprocessing is not None]
         raise ValueError(
-            f"the weights {weights!r} have no classifier: they are a detector's or a segmentation model's, and name no "
+            f"the weights {weights!r} have no classifier: such as a detector's or a segmentation model's, they name no "
             f"classes; give a classifier's file, or a published one: {', '.join(with_one) or 'there is none'}"
         )
     if class_names is None:
@@ -212,7 +213,9 @@ def find_preprocessing(network: str, weights: str) -> Preprocessing:
         if entry.preprocessing is not None
         for key in (entry.name, entry.file_name)
     }
-    file_name = unquote(weights.rsplit("/", 1)[-1])
+    address = urlsplit(weights)
+    path = unquote(address.path) if address.scheme in ("http", "https") else weights
+    file_name = PureWindowsPath(path).name  # which ends at / and at \
     return known.get(weights) or known.get(file_name) or known.get("imagenet") or Preprocessing(256, 224, "bilinear")
 
 

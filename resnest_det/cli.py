@@ -6,8 +6,10 @@ Each sub-command is one function: it adds its parser, with its arguments, and na
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -112,13 +114,15 @@ def _run_classify(arguments: argparse.Namespace) -> None:
         f"{preprocessing.crop}; {classifier.device}",
         file=sys.stderr,
     )
-    predictions, unreadable = classify_files(classifier, files, batch_size=arguments.batch_size)
-    text = format_predictions(predictions, arguments.format or _default_format(arguments.images, output))
-    if output:
-        # A file's name that is no valid UTF-8 is written as it stands on disk.
-        output.write_text(text, encoding="utf-8", errors="surrogateescape")
-    else:
-        print(text, end="", flush=True)
+    # "surrogateescape" writes a file's name that is no valid UTF-8 as it stands on disk.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")
+    # Opened before the long work, which would be lost where the file cannot be written.
+    opened = output.open("w", encoding="utf-8", errors="surrogateescape") if output else nullcontext(sys.stdout)
+    with opened as stream:
+        predictions, unreadable = classify_files(classifier, files, batch_size=arguments.batch_size)
+        text = format_predictions(predictions, arguments.format or _default_format(arguments.images, output))
+        print(text, end="", file=stream, flush=True)
     for error in unreadable:
         print(f"skipped: {error}", file=sys.stderr)
     if len(predictions) > 1:

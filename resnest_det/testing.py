@@ -60,7 +60,8 @@ def check_backbone(
       fc, give its logits.
     - shapes: at each size, a stage gives its stated channels and ceil(size / stride) rows and columns; the logits are
       (N, classes) and finite.
-    - gradients: a training step on two images gives every trainable parameter a finite gradient that is not zero.
+    - gradients: a training step on two images gives every trainable parameter, if any, a finite gradient that is not
+      zero.
     - freezing: freeze_stages, for each number of stages, keeps the logits; what is frozen has no gradient and keeps
       its buffers in a training step; the rest has its gradients.
     - channels_last: the same logits, and features that are channels_last themselves.
@@ -396,7 +397,9 @@ def _run(net: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 def _gradients_of(net: nn.Module, images: Tensor) -> dict[str, Tensor | None]:
     """The gradients of the trainable parameters, None where a parameter takes no part: of the logits' mean square."""
-    net(images).float().square().mean().backward()
+    loss = net(images).float().square().mean()
+    if loss.requires_grad:
+        loss.backward()
     return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.requires_grad}
 
 

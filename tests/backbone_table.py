@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 import torchvision
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnest_det import create_backbone, list_backbones, list_weights
 from resnest_det.backbones import STAGES, ResNet
+from tests.markdown_tables import between_markers, table
 
 PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
 
@@ -52,7 +52,8 @@ def _ecanet_count(name: str, parameters: str, macs: str) -> PublishedCount:
 
 PUBLISHED_COUNTS = (
     *_torchvision_counts(),
-    # Counted from the released ResNeSt code, at the size that each network's accuracy is published for.
+    # Counted from the released ResNeSt code (tests/test_docs.py does so anew), at the size that each network's accuracy
+    # is published for.
     PublishedCount("resnest14", RELEASED_CODE, "10.611688", "2.75"),
     PublishedCount("resnest26", RELEASED_CODE, "17.069448", "3.62"),
     PublishedCount("resnest50", RELEASED_CODE, "27.483240", "5.37"),
@@ -68,6 +69,8 @@ PUBLISHED_COUNTS = (
     PublishedCount("resnest50_fast_1s4x24d", ABLATION, "25.7", "4.42"),
     PublishedCount("sk_resnet50", SKNET, "27.5", "4.47"),
     PublishedCount("sk_resnet101", SKNET, "48.9", "8.46"),
+    _ecanet_count("eca_resnet18", "11.15", "1.70"),
+    _ecanet_count("eca_resnet34", "20.79", "3.43"),
     _ecanet_count("eca_resnet50", "24.37", "3.86"),
     _ecanet_count("eca_resnet101", "42.49", "7.35"),
     _ecanet_count("eca_resnet152", "57.41", "10.83"),
@@ -88,9 +91,14 @@ def num_parameters(name: str) -> int:
 
 @cache
 def num_macs(name: str, size: int = 224) -> int:
-    """Multiply-adds of the convolutions and linear layers for one image of `size` x `size`."""
+    """Multiply-adds of a network for one image of `size` x `size`."""
+    return count_macs(network(name), size)
+
+
+def count_macs(net: nn.Module, size: int) -> int:
+    """Multiply-adds of the convolutions and linear layers of a network on meta, for one image of `size` x `size`."""
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        network(name)(torch.empty(1, 3, size, size, device="meta"))
+        net(torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops() // 2
 
 
@@ -100,50 +108,43 @@ def same_digits(published: str, count: float) -> str:
     return f"{count:.{decimals}f}"
 
 
+def network_row(name: str) -> list[str]:
+    """Parameters, multiply-adds, channels, and the accuracy of the published ImageNet weights."""
+    stages = [network(name).get_submodule(stage) for stage in STAGES]
+    assert [stage.stride for stage in stages] == [4, 8, 16, 32]
+    channels = ", ".join(str(stage.channels) for stage in stages)
+    accuracies = ", ".join(f"{w.name} {w.value:.2f}" for w in list_weights(name) if w.metric == "top-1")
+    return [name, f"{num_parameters(name):,}", f"{num_macs(name) / 1e9:.2f}", channels, accuracies]
+
+
+def count_row(count: PublishedCount) -> list[str]:
+    """What a source says, and what ours is in the same units and digits."""
+    return [
+        count.network,
+        count.source,
+        str(count.size),
+        count.parameters,
+        same_digits(count.parameters, num_parameters(count.network) / count.parameter_unit),
+        count.macs,
+        same_digits(count.macs, num_macs(count.network, count.size) / count.mac_unit),
+    ]
+
+
 def networks_table() -> str:
-    """One line a network: parameters, multiply-adds, channels, and the accuracy of its published ImageNet weights."""
-    rows = []
-    for name in list_backbones():
-        stages = [network(name).get_submodule(stage) for stage in STAGES]
-        assert [stage.stride for stage in stages] == [4, 8, 16, 32]
-        channels = ", ".join(str(stage.channels) for stage in stages)
-        accuracies = [f"{w.name} {w.value:.2f}" for w in list_weights(name) if w.metric == "top-1"]
-        macs = f"{num_macs(name) / 1e9:.2f}"
-        rows.append([name, f"{num_parameters(name):,}", macs, channels, ", ".join(accuracies)])
+    """One line a network."""
     header = ["network", "parameters", "GMACs", "channels", "ImageNet weights, top-1"]
-    return _table(header, "lrrll", rows)
+    return table(header, "lrrll", map(network_row, list_backbones()))
 
 
 def counts_table() -> str:
-    """One line a published count: what its source says, and what ours is in the same units and digits."""
-    rows = [
-        [
-            count.network,
-            count.source,
-            str(count.size),
-            count.parameters,
-            same_digits(count.parameters, num_parameters(count.network) / count.parameter_unit),
-            count.macs,
-            same_digits(count.macs, num_macs(count.network, count.size) / count.mac_unit),
-        ]
-        for count in PUBLISHED_COUNTS
-    ]
+    """One line a published count."""
     header = ["network", "source", "size", "parameters, M", "ours", "GMACs", "ours"]
-    return _table(header, "llrrrrr", rows)
+    return table(header, "llrrrrr", map(count_row, PUBLISHED_COUNTS))
 
 
 def renewed(text: str) -> str:
-    """The page's text with its two tables computed anew, between the comments that mark them."""
-    for name, table in (("networks", networks_table()), ("counts", counts_table())):
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        assert len(pattern.findall(text)) == 1, name
-        text = pattern.sub(rf"\g<1>{table}\g<2>", text)
-    return text
-
-
-def _table(header: list[str], alignment: str, rows: Iterable[list[str]]) -> str:
-    rule = ["---:" if side == "r" else "---" for side in alignment]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+    """The page's text with its two tables computed anew."""
+    return between_markers(between_markers(text, "networks", networks_table()), "counts", counts_table())
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Iterator
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -131,6 +135,23 @@ def test_released_resnest_evaluation_sees_the_same_field(crop: int) -> None:
     assert difference(crop) > 4 * level
 
 
+@pytest.mark.parametrize("crop", [224, 256, 320, 416])
+def test_released_resnest_evaluation_is_bicubic(crop: int) -> None:
+    """At every crop, though the released code asks for bilinear below 320: in noise, of half the size in the end."""
+    side = 2 * (crop + 32)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    inside = (..., slice(4, -4), slice(4, -4))  # without what lies beyond the released crop's edges
+    released = F.pil_to_tensor(ECenterCrop(crop)(image)).float()[inside]
+
+    def difference(interpolation: Literal["bilinear", "bicubic"]) -> float:
+        preprocessing = Preprocessing(crop + 32, crop, interpolation)
+        ours = Classifier(Recorder(), ["a", "b"], preprocessing, device="cpu").prepare(image)
+        return (ours.float()[inside] - released).abs().max().item()
+
+    assert difference("bicubic") == 0
+    assert difference("bilinear") > 20
+
+
 def test_preprocessing_is_that_of_the_published_file() -> None:
     resnest101 = Preprocessing(288, 256, "bicubic")
     assert find_preprocessing("resnest101", "imagenet") == resnest101
@@ -139,7 +160,9 @@ def test_preprocessing_is_that_of_the_published_file() -> None:
     file = next(entry for entry in list_weights("resnet50") if entry.name == "imagenet_v2")
     assert find_preprocessing("resnet50", "imagenet_v2") == v2
     assert find_preprocessing("resnet50", f"folder/{file.file_name}") == v2
+    assert find_preprocessing("resnet50", rf"C:\folder\{file.file_name}") == v2
     assert find_preprocessing("resnet50", file.urls[0]) == v2
+    assert find_preprocessing("resnet50", f"https://x.org/{file.file_name}?download=1#start") == v2
     default = Preprocessing(256, 224, "bilinear")
     assert find_preprocessing("resnet50", "mine.pth") == default
     assert find_preprocessing("cbam_resnet18", "mine.pth") == default  # of which nothing is published
@@ -202,15 +225,41 @@ def test_class_names_of_another_number(five_classes: Path) -> None:
         classifier([picture(60, 50)])
 
 
-@pytest.mark.parametrize("num_names", [None, 5])
-def test_file_without_classifier(num_names: int | None, weights: Path, tmp_path: Path) -> None:
-    """mmdetection's layout has none by nature, so that it loads, but it names nothing."""
-    state = {f"backbone.{key}": value for key, value in torch.load(weights).items() if not key.startswith("fc.")}
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_file_without_classifier(prefix: str, weights: Path, tmp_path: Path) -> None:
+    """A backbone alone, and a detector of mmdetection's, which has none by nature."""
+    state = {f"{prefix}{key}": value for key, value in torch.load(weights).items() if not key.startswith("fc.")}
     torch.save({"state_dict": state}, tmp_path / "detector.pth")
     message = r"detector\.pth' have no classifier: .* or a published one: imagenet"
-    names = None if num_names is None else ["a"] * num_names
     with pytest.warns(UserWarning, match="it has no classifier"), pytest.raises(ValueError, match=message):
-        load_classifier("resnet18", str(tmp_path / "detector.pth"), class_names=names)
+        load_classifier("resnet18", str(tmp_path / "detector.pth"))
+
+
+@pytest.fixture
+def url_of_five_classes(five_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The file at an address, with a query that is longer than a file's name can be."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    handler = partial(SimpleHTTPRequestHandler, directory=five_classes.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/{five_classes.name}?signature={'0' * 300}"
+        server.shutdown()
+
+
+def test_number_of_classes_is_that_of_the_file_at_an_address(url_of_five_classes: str) -> None:
+    classifier = load_classifier("resnet18", url_of_five_classes)
+    assert classifier.class_names == tuple(f"class {index}" for index in range(5))
+
+
+def test_published_name_is_no_file(five_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in the working folder that is called like published weights is not asked for its classes."""
+    (tmp_path / "imagenet").write_bytes(five_classes.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert len(load_classifier("resnet18", "./imagenet").class_names) == 5
+    monkeypatch.setattr(
+        "resnest_det.classify.load_backbone_weights", lambda net, *args, **kwargs: nn.init.ones_(net.fc.weight)
+    )
+    assert len(load_classifier("resnet18", "imagenet").class_names) == 1000
 
 
 @pytest.mark.parametrize("top_k", [0, 3])

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -179,3 +182,27 @@ def test_classify_only_broken_pictures(weights: str, pictures: Path, capsys: pyt
     broken = str(pictures / "bees" / "broken.png")
     assert main(["classify", broken, "--backbone", "resnet18", "--weights", weights]) == 2
     assert f"error: none of 1 images can be read; the first: cannot read the image {broken}" in capsys.readouterr().err
+
+
+def test_classify_opens_the_output_before_the_work(
+    weights: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    output.symlink_to(tmp_path / "no such folder" / "out.csv")
+    monkeypatch.setattr("resnest_det.cli.classify_files", lambda *args, **kwargs: pytest.fail("too early"))
+    command = ["classify", str(pictures), "--backbone", "resnet18", "--weights", weights]
+    assert main([*command, "--output", str(output)]) == 2
+    assert f"No such file or directory: '{output}'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_classify_a_file_whose_name_is_no_text(
+    weights: str, pictures: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    shutil.copy(pictures / "ants" / "1.png", name)
+    command = ["classify", os.fsdecode(name), "--backbone", "resnet18", "--weights", weights, *SMALL]
+    assert main(command) == 0
+    assert capsysbinary.readouterr().out.startswith(name + b"\n")
+    assert main([*command, "--output", str(tmp_path / "out.txt")]) == 0
+    assert (tmp_path / "out.txt").read_bytes().startswith(name + b"\n")

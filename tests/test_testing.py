@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from resnest_det import create_backbone, list_backbones
-from resnest_det.backbones import Stage
+from resnest_det.backbones import VARIANTS, Stage
 from resnest_det.testing import check_backbone
 
-# One of each form and small: the default run. The rest of the table is these in other numbers of blocks and widths.
-QUICK = ["resnet18", "resnest14", "se_resnet18", "cbam_resnet18", "eca_resnet18"]
+# The first name of each network that is another one even at one block a stage: 101 layers are then the same as 50.
+FORMS = list({repr(replace(VARIANTS[name], layers=())): name for name in reversed(list_backbones())}.values())[::-1]
+# Those of them that the default run also compiles and exports.
+COMPILED = ["resnest14", "se_resnet18", "sk_resnet50", "cbam_resnet18", "eca_resnet18"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,19 +31,21 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in list_backbones()]
+    "name", [pytest.param(name, marks=() if name == "resnet18" else pytest.mark.slow) for name in list_backbones()]
 )
 def test_every_network_conforms(name: str) -> None:
     check_backbone(create_backbone(name))
 
 
-def test_the_default_run_has_names_of_the_table() -> None:
-    assert set(QUICK) < set(list_backbones())
+def test_every_family_has_its_forms() -> None:
+    assert {"resnet18", "resnet50", "resnext50_32x4d", "resnest101", "se_resnext50_32x4d", *COMPILED} < set(FORMS)
+    assert len([name for name in FORMS if "fast" in name]) == 7
 
 
-@pytest.mark.parametrize(("name", "compile", "export"), [("sk_resnet50", False, False), ("resnet50", False, True)])
-def test_bottlenecks_conform(name: str, compile: bool, export: bool) -> None:
-    check_backbone(create_backbone(name), compile=compile, export=export)
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_conforms_at_one_block_a_stage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, name, replace(VARIANTS[name], layers=(1, 1, 1, 1)))
+    check_backbone(create_backbone(name, num_classes=10), compile=name in COMPILED, export=name in COMPILED)
 
 
 @pytest.mark.parametrize(
@@ -49,10 +54,8 @@ def test_bottlenecks_conform(name: str, compile: bool, export: bool) -> None:
         {"norm": "gn"},
         {"norm": "frozen_bn"},
         {"norm": "sync_bn"},
-        {"output_stride": 8},
-        {"drop_path": 0.5},
-        {"checkpoint": True},
-        {"num_classes": 1},
+        {"output_stride": 8, "num_classes": 1},
+        {"drop_path": 0.5, "checkpoint": True},
     ],
     ids=str,
 )
@@ -315,6 +318,21 @@ class NoPickle(nn.Module):
         return self.function(x)
 
 
+class OtherInPickles(nn.Module):
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def __deepcopy__(self, memo: dict[int, object]) -> nn.Module:
+        return OtherInPickles(self.shift)
+
+    def __reduce__(self) -> tuple[type[nn.Module], tuple[float]]:
+        return OtherInPickles, (self.shift + 1,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
 class BranchesOnValues(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else x * 2
@@ -352,6 +370,10 @@ def message_of(net: nn.Module, *, compile: bool = False, export: bool = False) -
         (inplanes_of_another_stage, "names: inplanes is 24 and layer4.channels 32; they must be the same"),
         (CallsTwice, "call order: a forward pass called conv1 relu bn1 relu maxpool .*; it must call each child once"),
         (WorksBetweenChildren, r"call order: the children run by hand give other logits: they differ by \d"),
+        (
+            OneLogitTooMany,
+            r"call order: the children run by hand give other logits: their shape is \(2, 5\) and not \(2, 6\)",
+        ),
         (wrong_channels, r"shapes: layer2 gives \(2, 16, 8, 8\) for images of 64x64; .* must be \(2, 18, 8, 8\)"),
         (wrong_stride, r"shapes: layer4 gives \(2, 32, 3, 4\) for images of 65x97; .* must be \(2, 32, 5, 7\)"),
         (OneLogitTooMany, r"shapes: logits of 64x64 images are \(2, 6\); they must be \(2, 5\)"),
@@ -376,6 +398,7 @@ def message_of(net: nn.Module, *, compile: bool = False, export: bool = False) -
         (lambda: in_layer2(Overflows()), "half precision: float16 logits have NaN or infinite values"),
         (lambda: in_layer2(OverflowsUnderAutocast()), "half precision: under autocast to bfloat16, .* NaN or infinite"),
         (lambda: in_layer2(CountsCopies()), "copies: copy.deepcopy gives a network of other logits"),
+        (lambda: in_layer2(OtherInPickles()), "copies: pickle gives a network of other logits"),
         (lambda: in_layer2(NoPickle()), "copies: raised .*pickle"),
     ],
 )
@@ -478,6 +501,10 @@ def test_what_is_zero_by_design_hides_no_parameter() -> None:
         nn.init.zeros_(stage[0][1].weight)
     nn.init.zeros_(net.fc.weight)
     check_backbone(net, compile=False, export=False)
+
+
+def test_a_frozen_network_has_no_gradients_to_check() -> None:
+    check_backbone(Small().requires_grad_(False), compile=False, export=False)
 
 
 def test_a_network_on_another_type_is_checked_in_float32() -> None:

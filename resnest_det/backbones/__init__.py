@@ -1,8 +1,8 @@
 """Networks by name, their weights, and their stages as features."""
 
-from resnest_det.backbones.key_layouts import convert_state_dict
-from resnest_det.backbones.published import list_weights
-from resnest_det.backbones.resnet import BasicBlock, Bottleneck, ResNet, Stage
+from resnest_det.backbones.key_layouts import Layout, convert_state_dict
+from resnest_det.backbones.published import Preprocessing, PublishedWeights, list_weights
+from resnest_det.backbones.resnet import BasicBlock, Bottleneck, Gate, ResNet, SpatialConv, Stage
 from resnest_det.backbones.stages import STAGES, StageExtractor, fpn_backbone, freeze_stages, stage_extractor
 from resnest_det.backbones.variants import (
     VARIANTS,
@@ -54,7 +54,12 @@ __all__ = [
     "VARIANTS",
     "BasicBlock",
     "Bottleneck",
+    "Gate",
+    "Layout",
+    "Preprocessing",
+    "PublishedWeights",
     "ResNet",
+    "SpatialConv",
     "Stage",
     "StageExtractor",
     "cbam_resnet18",

@@ -73,11 +73,12 @@ class _Form:
 
     Attributes:
         layout: the layout; it has several forms where its names depend on the kind of network.
-        mark: a regular expression of how a key begins that shows this form; "" where no key does.
+        mark: a regular expression of how a key of the backbone begins that shows this form; "" where no key does.
         kinds: what it can hold in the slots of a block; a network without attention where `plain`.
         plain: whether it holds networks without attention.
         rules: the first that fits a key names its counterpart.
-        prefix: what the backbone's keys begin with, where the file may hold more than a backbone.
+        prefix: what the backbone's keys begin with in the layout's files, which hold more than a backbone.
+        deep_stem: whether it is for networks with three convolutions as their stem, or with one; None: for both.
     """
 
     layout: Layout
@@ -86,6 +87,7 @@ class _Form:
     plain: bool
     rules: tuple[_Rule, ...]
     prefix: str = ""
+    deep_stem: bool | None = None
 
 
 _SAME = _Rule("{rest}", "{rest}")
@@ -118,14 +120,14 @@ def _detectron2_rules() -> tuple[_Rule, ...]:
     return tuple(_Rule(_DETECTRON2 + theirs, ours) for theirs, ours in pairs)
 
 
-# mmdetection has no classifiers; OpenMMLab's, mmpretrain's, have theirs here.
-_OPENMMLAB_CLASSIFIER = _Rule("head.fc.{rest}", "fc.{rest}")
+# mmdetection has no classifiers; OpenMMLab's, mmpretrain's, have theirs beside the backbone.
+_OPENMMLAB_CLASSIFIER = "head.fc."
 
 # In the order in which a file is tried for their marks. The last is what a file without any mark is.
 _FORMS = (
     _Form(
         "detectron2",
-        mark=r"(backbone\.bottom_up\.)?stem\.conv1_1\.",
+        mark=r"stem\.conv1_1\.",
         kinds=(_SPLIT,),
         plain=False,
         rules=_detectron2_rules(),
@@ -133,28 +135,30 @@ _FORMS = (
     ),
     _Form(
         "mmdetection",
-        mark=r"(backbone\.)?stem\.0\.",
+        mark=r"stem\.0\.",
         kinds=(_SPLIT,),
-        plain=False,
+        plain=True,
         rules=(
-            _OPENMMLAB_CLASSIFIER,
+            _Rule(_OPENMMLAB_CLASSIFIER + "{rest}", "fc.{rest}"),
             *(_Rule(f"backbone.stem.{index}.{{rest}}", f"conv1.{index}.{{rest}}") for index in (0, 1, 3, 4, 6)),
             _Rule("backbone.stem.7.{rest}", "bn1.{rest}"),
             _Rule("backbone.{rest}", "{rest}"),
         ),
         prefix="backbone.",
+        deep_stem=True,
     ),
     _Form(
         "mmdetection",
-        mark=r"backbone\.conv1\.",
-        kinds=(),
+        mark="",
+        kinds=(_SPLIT,),
         plain=True,
-        rules=(_OPENMMLAB_CLASSIFIER, _Rule("backbone.{rest}", "{rest}")),
+        rules=(_Rule(_OPENMMLAB_CLASSIFIER + "{rest}", "fc.{rest}"), _Rule("backbone.{rest}", "{rest}")),
         prefix="backbone.",
+        deep_stem=False,
     ),
     _Form(
         "pytorch_encoding",
-        mark=r"pretrained\.conv1\.",
+        mark="",
         kinds=(_SPLIT,),
         plain=True,
         rules=(_Rule("pretrained.{rest}", "{rest}"),),
@@ -212,6 +216,10 @@ _FORMS = (
     _Form("resnest_det", mark="", kinds=_KINDS, plain=True, rules=(_SAME,)),
 )
 
+# Where models hold their backbone, whatever its layout: detectron2's; torchvision's and our detectors; OpenMMLab's
+# models, torchvision's and our segmentation models; PyTorch-Encoding's.
+_PREFIXES = (_DETECTRON2, "backbone.body.", "backbone.", "pretrained.")
+
 # Files whose shapes fit one of our networks and that are another function, by what begins one of their keys.
 _REFUSED = {
     r"(backbone\.bottom_up\.)?stem\.conv1\.": "detectron2's plain ResNets, whose usual files have their strides on "
@@ -219,7 +227,9 @@ _REFUSED = {
     r".*\b(conv2_offset|conv_offset)\.": "networks with deformable convolutions",
     r".*\.se_module\.": "the SENet files of pretrainedmodels (timm: legacy_se*), whose max pool rounds up its size and "
     "whose se_resnet files have their strides on the first 1x1 convolution of a block",
-    _BLOCK + r"\.se\.(channel|spatial)\.": "timm's CBAM, whose layers have no biases and pool in another order than "
+    r"(.*\.)?"
+    + _BLOCK
+    + r"\.se\.(channel|spatial)\.": "timm's CBAM, whose layers have no biases and pool in another order than "
     "the released CBAM",
 }
 
@@ -228,10 +238,11 @@ def detect_layout(state: Mapping[str, Tensor]) -> Layout:
     """The layout that a state dict's keys show.
 
     Returns:
-        "resnest_det" for keys that show no other: so for torchvision's, the released ResNeSt's and timm's plain
-        networks, which have our keys, and for what is no such network at all.
+        "resnest_det" for keys that show no other: so for torchvision's, the released ResNeSt's, mmdetection's and
+        timm's plain networks, which have our keys, be it behind the prefix of a model, and for what is no such
+        network at all.
     """
-    return _form_of(without_wrappers(state)).layout
+    return _form_of(_without_model(without_wrappers(state))).layout
 
 
 def convert_state_dict(state: Mapping[str, Tensor], to: Layout, source: Layout | None = None) -> dict[str, Tensor]:
@@ -271,13 +282,37 @@ def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stripped
 
 
-def is_backbone_of_a_model(layout: Layout) -> bool:
-    """Whether files of this layout hold a backbone behind a prefix, where it need not have a classifier."""
-    return any(form.prefix for form in _FORMS if form.layout == layout)
+def is_backbone_of_a_model(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is a detector's or a segmentation model's, or a backbone named as theirs.
+
+    It need not have a classifier then.
+    """
+    return bool(_model_prefix(state) or _form_of(state).prefix)
+
+
+def _model_prefix(state: Mapping[str, Tensor]) -> str:
+    """What stands before the keys of the backbone where it is a part of a model; "" where it is none."""
+    for prefix in _PREFIXES:
+        if any(key.startswith((prefix + "conv1.", prefix + "stem.")) for key in state):
+            return prefix
+    return ""
+
+
+def _without_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone of a model by its own keys, with the classifier that OpenMMLab puts beside it."""
+    prefix = _model_prefix(state)
+    if not prefix:
+        return dict(state)
+    bare = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    if prefix == "backbone.":
+        for key, tensor in state.items():
+            if key.startswith(_OPENMMLAB_CLASSIFIER):
+                bare["fc." + key.removeprefix(_OPENMMLAB_CLASSIFIER)] = tensor
+    return bare
 
 
 def _form_of(state: Mapping[str, Tensor], layout: Layout | None = None) -> _Form:
-    """The form of `layout`, or of any, whose mark a key bears; else the one without a mark."""
+    """The form of `layout`, or of any, whose mark a key of a backbone bears; else the one without a mark."""
     forms = [form for form in _FORMS if layout in (None, form.layout)]
     for form in forms:
         if form.mark and any(re.match(form.mark, key) for key in state):
@@ -298,25 +333,28 @@ def _to_ours(state: Mapping[str, Tensor], source: Layout | None) -> dict[str, Te
                 f"the state dict, with its {key!r}, is of {what}: another function than our networks, though shapes "
                 f"may agree, so it is not converted; use the project it comes from, or other weights"
             )
-    form = _form_of(state, source)
-    bare = not any(key.startswith(form.prefix) for key in state)
+    bare = _without_model(state)
+    form = _form_of(bare, source)
     converted = {}
-    for key, tensor in state.items():
-        name = form.prefix + key if bare else key
+    for key, tensor in bare.items():
         for rule in form.rules:
-            ours = _renamed(name, rule.theirs, rule.ours)
+            ours = _renamed(form.prefix + key, rule.theirs, rule.ours)
             if ours is not None:
                 converted[ours] = tensor[..., None, None] if rule.linear and tensor.dim() == 2 else tensor
                 break
         else:
-            if name.startswith(form.prefix):
-                converted[name.removeprefix(form.prefix)] = tensor
+            converted[key] = tensor
     return converted
 
 
 def _from_ours(state: Mapping[str, Tensor], to: Layout) -> dict[str, Tensor]:
     kinds = _kinds_in(state)
-    forms = {form.layout: form for form in _FORMS if (form.plain or kinds) and kinds.keys() <= set(form.kinds)}
+    deep_stem = "conv1.0.weight" in state
+    forms = {
+        form.layout: form
+        for form in _FORMS
+        if (form.plain or kinds) and kinds.keys() <= set(form.kinds) and form.deep_stem in (None, deep_stem)
+    }
     if to not in forms:
         what = " and ".join(f"{kind} ({key})" for kind, key in kinds.items()) or "a network without attention"
         raise ValueError(f"the layout {to!r} has no place for {what}; there is one in: {', '.join(forms)}")

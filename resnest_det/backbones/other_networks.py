@@ -148,7 +148,8 @@ def stage_parts(net: nn.Module) -> list[list[str]]:
     if is_timm_network(net):
         info = cast(Any, net).feature_info
         indices, _ = _timm_levels(net)
-        stem = [indices[0] - 1] if indices[0] > 0 else []  # a level before the four is where the stem ends
+        # A level before the four is where the stem ends; TResNet names no module for it.
+        stem = [indices[0] - 1] if indices[0] > 0 and info[indices[0] - 1]["module"] else []
         ends = [info[index]["module"] for index in [*stem, *indices]]
     else:
         ends = [f"layer{stage}" for stage in (1, 2, 3, 4)]

@@ -1,7 +1,8 @@
 """The table of published weights: which file is for which network, where it is, and what it scores.
 
 Every line is from the publisher's own page or code; nothing here has been measured by this project. What has no
-address here cannot be fetched by a program: it is downloaded in a browser from its page and loaded by its path.
+address here cannot be fetched by a program: it is downloaded in a browser from its page, and then found under its
+file name or loaded by its path.
 """
 
 from __future__ import annotations
@@ -40,11 +41,7 @@ class PublishedWeights:
     metric: str  # "top-1", "box AP" or "mIoU", on the data set's validation images
     value: float  # percent, as published
     preprocessing: Preprocessing | None  # of its evaluation as a classifier; None for detectors and segmentation models
-
-    @property
-    def file_name(self) -> str:
-        """The file's name on disk; "" where there is no address."""
-        return _file_name(self.urls[0]) if self.urls else ""
+    file_name: str  # its name on disk; "" where none is known
 
 
 def list_weights(network: str = "") -> list[PublishedWeights]:
@@ -107,8 +104,19 @@ def _classifier(
     page: str,
     licence: str,
 ) -> PublishedWeights:
-    sha256 = _sha256(urls[0]) if urls else ""
-    return PublishedWeights(network, name, urls, sha256, page, licence, "ImageNet-1k", "top-1", value, preprocessing)
+    return PublishedWeights(
+        network=network,
+        name=name,
+        urls=urls,
+        sha256=_sha256(urls[0]),
+        page=page,
+        licence=licence,
+        data="ImageNet-1k",
+        metric="top-1",
+        value=value,
+        preprocessing=preprocessing,
+        file_name=_file_name(urls[0]),
+    )
 
 
 def _torchvision(network: str, name: str, file: str, value: float, preprocessing: Preprocessing) -> PublishedWeights:
@@ -151,13 +159,35 @@ def _resnest(network: str, sha256: str, value: float, crop: int, *, in_timm: boo
     return _classifier(network, "imagenet", value, urls, test, page=page, licence="Apache-2.0")
 
 
-def _by_hand(network: str, value: float, page: str) -> PublishedWeights:
-    return _classifier(network, "imagenet", value, (), _BILINEAR_256, page=page, licence="MIT")
+def _by_hand(network: str, file: str, value: float, page: str) -> PublishedWeights:
+    return PublishedWeights(
+        network=network,
+        name="imagenet",
+        urls=(),
+        sha256="",
+        page=page,
+        licence="MIT",
+        data="ImageNet-1k",
+        metric="top-1",
+        value=value,
+        preprocessing=_BILINEAR_256,
+        file_name=file,
+    )
 
 
 def _detector(network: str, name: str, url: str, box_ap: float, page: str) -> PublishedWeights:
     return PublishedWeights(
-        network, name, (url,), _sha256(url), page, "Apache-2.0", "COCO train2017", "box AP", box_ap, None
+        network=network,
+        name=name,
+        urls=(url,),
+        sha256=_sha256(url),
+        page=page,
+        licence="Apache-2.0",
+        data="COCO train2017",
+        metric="box AP",
+        value=box_ap,
+        preprocessing=None,
+        file_name=_file_name(url),
     )
 
 
@@ -174,9 +204,21 @@ def _mmdetection(network: str, detector: str, schedule: str, version: str, box_a
     return _detector(network, f"coco_{detector}_mmdet", url, box_ap, page)
 
 
-def _encoding(network: str, miou: float) -> PublishedWeights:
+def _encoding(network: str, file: str, miou: float) -> PublishedWeights:
     page = "https://hangzhang.org/PyTorch-Encoding/model_zoo/segmentation.html"
-    return PublishedWeights(network, "ade20k_deeplabv3", (), "", page, "MIT", "ADE20K", "mIoU", miou, None)
+    return PublishedWeights(
+        network=network,
+        name="ade20k_deeplabv3",
+        urls=(),
+        sha256="",
+        page=page,
+        licence="MIT",
+        data="ADE20K",
+        metric="mIoU",
+        value=miou,
+        preprocessing=None,
+        file_name=file,
+    )
 
 
 _TIMM_PAGE = "https://github.com/huggingface/pytorch-image-models"
@@ -236,13 +278,18 @@ PUBLISHED: tuple[PublishedWeights, ...] = (
     _gluon("se_resnext101_32x4d", "imagenet", "gluon_seresnext101_32x4d-cf52900d.pth", 80.892),
     # timm's name for SKNet-50 is skresnext50_32x4d. The authors' own files are Caffe's.
     _timm("sk_resnet50", "imagenet", "v0.1-weights", "skresnext50_ra-f40e40bf.pth", 80.162, _TIMM_224),
-    # Behind pages made for browsers, without a hash: CBAM's on Dropbox, ECA's on Baidu (with the codes of its README).
-    _by_hand("cbam_resnet50", 77.622, _CBAM_PAGE),
-    _by_hand("eca_resnet50", 77.48, _ECA_PAGE),
-    _by_hand("eca_resnet101", 78.65, _ECA_PAGE),
-    _by_hand("eca_resnet152", 78.92, _ECA_PAGE),
+    # Behind pages made for browsers, without a hash: CBAM's on Dropbox, ECA's on Google Drive and Baidu. ECA's README
+    # names its files without an ending; .pth.tar is that of main.py's checkpoints, and of what its users load. Its
+    # first 77.48 for eca_resnet50 was of an earlier file.
+    _by_hand("cbam_resnet50", "RESNET50_CBAM_new_name_wrap.pth", 77.622, _CBAM_PAGE),
+    _by_hand("eca_resnet18", "eca_resnet18_k3577.pth.tar", 70.92, _ECA_PAGE),
+    _by_hand("eca_resnet34", "eca_resnet34_k3357.pth.tar", 74.21, _ECA_PAGE),
+    _by_hand("eca_resnet50", "eca_resnet50_k3557.pth.tar", 77.42, _ECA_PAGE),
+    _by_hand("eca_resnet101", "eca_resnet101_k3357.pth.tar", 78.65, _ECA_PAGE),
+    _by_hand("eca_resnet152", "eca_resnet152_k3357.pth.tar", 78.92, _ECA_PAGE),
     # ResNeSt's detectors for detectron2 (d2/README.md). That the digits in their names begin the SHA-256 is how the
-    # same authors name their classifiers' files; for these no page says so.
+    # same authors name their classifiers' files; for these no page says so. Where it does not hold, a file loads by its
+    # path, which checks no hash.
     _detectron2(
         "resnest50", "coco_faster_rcnn", "faster_rcnn_ResNeSt_50_FPN_syncbn_range-scale_1x-ad123c0b.pth", 42.33
     ),
@@ -284,7 +331,8 @@ PUBLISHED: tuple[PublishedWeights, ...] = (
     _mmdetection("resnest101", "cascade_rcnn", "mstrain-range_1x", "20201005_113242-b9459f8f", 46.8),
     _mmdetection("resnest101", "mask_rcnn", "mstrain_1x", "20201005_215831-af60cdf9", 45.2),
     _mmdetection("resnest101", "cascade_mask_rcnn", "mstrain_1x", "20201005_113243-42607475", 47.7),
-    # PyTorch-Encoding's archives (zip, SHA-1) are for its own program; tested at several scales.
-    _encoding("resnest50", 45.12),
-    _encoding("resnest101", 46.91),
+    # PyTorch-Encoding publishes zip archives with these files in them; the digits in their names begin the SHA-1
+    # (encoding/models/model_store.py). Tested at several scales.
+    _encoding("resnest50", "deeplab_resnest50_ade-2225f09d.pth", 45.12),
+    _encoding("resnest101", "deeplab_resnest101_ade-06ca799c.pth", 46.91),
 )

@@ -11,7 +11,7 @@ activation checkpointing leaves the running statistics of BatchNorm as one forwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -77,7 +77,7 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(planes, planes, dilation=dilation)
         self.bn2 = norm_layer(planes)
-        self.gate = gate(planes) if gate else None
+        self.gate = None if gate is None else _slot_module("gate", gate, planes)
         self.downsample = shortcut
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path else None
 
@@ -135,15 +135,21 @@ class Bottleneck(nn.Module):
             self.conv2: nn.Module = conv3x3(width, width, conv_stride, dilation, groups)
             self.bn2: nn.Module | None = norm_layer(width)
         else:
-            self.conv2 = spatial_conv(
-                width, stride=conv_stride, dilation=dilation, groups=groups, norm_layer=norm_layer
+            self.conv2 = _slot_module(
+                "spatial_conv",
+                spatial_conv,
+                width,
+                stride=conv_stride,
+                dilation=dilation,
+                groups=groups,
+                norm_layer=norm_layer,
             )
             self.bn2 = None
         self.avd_after = pool if average_pool == "after" else None
         self.conv3 = nn.Conv2d(width, planes * self.expansion, 1, bias=False)
         self.bn3 = norm_layer(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
-        self.gate = gate(planes * self.expansion) if gate else None
+        self.gate = None if gate is None else _slot_module("gate", gate, planes * self.expansion)
         self.downsample = shortcut
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path else None
 
@@ -164,13 +170,38 @@ class Bottleneck(nn.Module):
 Block = BasicBlock | Bottleneck
 
 
+def _slot_module(slot: str, build: Callable[..., nn.Module], channels: int, **arguments: Any) -> nn.Module:
+    """The module for one of a block's slots, built by what the user passed for it.
+
+    Raises:
+        ValueError: that is a module itself, takes other arguments, or returns no module.
+    """
+    takes = ", ".join(["channels", *(["*", *arguments] if arguments else [])])
+    if isinstance(build, nn.Module):
+        raise ValueError(
+            f"{slot} is a module of {type(build).__name__}, and every block needs one of its own: pass a function of "
+            f"({takes}) that builds it, such as a class"
+        )
+    try:
+        module = build(channels, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{slot} must be a function of ({takes}), and failed called so: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{slot} returned {module!r} for {channels} channels; it must return a module")
+    return module
+
+
 def _add_shortcut(block: Block, x: Tensor, out: Tensor) -> Tensor:
     """The end of every block: gate, stochastic depth, addition, ReLU."""
     if block.gate is not None:
         out = block.gate(out)
     if block.drop_path is not None:
         out = block.drop_path(out)
-    out += x if block.downsample is None else block.downsample(x)
+    shortcut = x if block.downsample is None else block.downsample(x)
+    if block.gate is None:
+        out += shortcut
+    else:  # a user's gate may need its output again for its gradient
+        out = out + shortcut
     return block.relu(out)
 
 
@@ -259,16 +290,19 @@ class ResNet(nn.Module):
 
     Attributes:
         inplanes: channels of layer4, which is what torchvision's detection builders read.
-        weights_loaded: whether a state dict has been loaded since the network was built.
+        random_tensors: names of the tensors that no state dict loaded since the network was built has held.
+        weights_loaded: whether the classifier's are the only ones among them.
 
     Raises:
-        ValueError: an argument is out of range, or a BasicBlock is asked for what only a Bottleneck has.
+        ValueError: an argument is out of range, a BasicBlock is asked for what only a Bottleneck has, or what fills a
+            slot is no function from its arguments to a module.
     """
 
     layer1: Stage
     layer2: Stage
     layer3: Stage
     layer4: Stage
+    random_tensors: set[str]
     weights_loaded: bool
 
     def __init__(
@@ -298,7 +332,7 @@ class ResNet(nn.Module):
             raise ValueError(f"num_classes={num_classes} must be 1 or more")
         if len(layers) != 4 or min(layers) < 1:
             raise ValueError(f"layers={tuple(layers)} must be four numbers of blocks, each 1 or more")
-        bottleneck_only = groups != 1 or width_per_group != 64 or spatial_conv or average_pool
+        bottleneck_only = groups != 1 or width_per_group != 64 or spatial_conv is not None or average_pool
         if block is BasicBlock and bottleneck_only:
             raise ValueError("groups, width_per_group, spatial_conv and average_pool need block=Bottleneck")
 
@@ -368,8 +402,9 @@ class ResNet(nn.Module):
 
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(self.inplanes, num_classes)
+        self.random_tensors = {name for name in self.state_dict() if not name.endswith(".num_batches_tracked")}
         self.weights_loaded = False
-        self.register_load_state_dict_post_hook(_mark_loaded)
+        self.register_load_state_dict_pre_hook(_note_loaded)
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -407,5 +442,7 @@ def _initialise(net: nn.Module) -> None:
         _initialise(child)
 
 
-def _mark_loaded(net: ResNet, incompatible_keys: Any) -> None:  # noqa: ARG001 (torch gives a hook both)
-    net.weights_loaded = True
+def _note_loaded(net: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(net, ResNet)
+    net.random_tensors = {name for name in net.random_tensors if prefix + name not in state}
+    net.weights_loaded = net.weights_loaded or all(name.startswith("fc.") for name in net.random_tensors)

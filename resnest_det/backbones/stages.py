@@ -11,13 +11,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
+from torchvision.models import densenet, swin_transformer
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, StochasticDepth
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from resnest_det.backbones.other_networks import (
@@ -32,11 +33,19 @@ from resnest_det.layers import NormLayer, NormName, norm_layer
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
+# What drops features at random in training, and where it keeps the probability.
+_DROPPING: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.modules.dropout._DropoutNd: ("p",),
+    StochasticDepth: ("p",),
+    densenet._DenseLayer: ("drop_rate",),
+    swin_transformer.ShiftedWindowAttention: ("attention_dropout", "dropout"),
+}
+
 
 class StageExtractor(nn.Module):
     """A network that ends at its last wanted stage and returns the features of each wanted one.
 
-    It shares its modules with the network that it was made from.
+    stage_extractor makes it, in the form that fits the network, with which it shares its modules.
 
     Attributes:
         channels: channels of each stage's features, by the stage's name.
@@ -152,17 +161,19 @@ def freeze_stages(net: nn.Module, trainable_stages: int) -> None:
     """Freeze all but the last stages of a network, in place.
 
     A frozen stage has no gradients, and its BatchNorm becomes FrozenBatchNorm2d, or timm's FrozenBatchNormAct2d where
-    an activation is part of it: otherwise its running statistics would go on changing under weights that do not.
+    an activation is part of it: otherwise its running statistics would go on changing under weights that do not. Its
+    dropout and stochastic depth drop nothing any more.
 
     Args:
         net: a network that stage_extractor takes, with the stages layer1 ... layer4.
         trainable_stages: how many of (layer4, layer3, layer2, layer1, stem) stay trainable, from the back: 5 is all.
 
     Warns:
-        UserWarning: what is frozen has random weights.
+        UserWarning: what is frozen has random weights, all or some.
 
     Raises:
-        ValueError: trainable_stages is not between 0 and 5, or the network cannot be frozen by stages.
+        ValueError: trainable_stages is not between 0 and 5, or the network cannot be frozen by stages. It is then as
+            it was.
     """
     if not 0 <= trainable_stages <= 5:
         raise ValueError(f"trainable_stages={trainable_stages} must be between 0 (none) and 5 (all)")
@@ -170,29 +181,59 @@ def freeze_stages(net: nn.Module, trainable_stages: int) -> None:
         return
     parts = stage_parts(net)
     frozen = [name for part in parts[: 5 - trainable_stages] for name in part if net.get_submodule(name).state_dict()]
-    if not getattr(net, "weights_loaded", True):
+    norms = {name: _frozen_norm(norm) for name, norm in _norms(net, frozen)}
+    random = [] if getattr(net, "weights_loaded", True) else _random(net, frozen)
+    if random:
+        more = f" and {len(random) - 6} more" if len(random) > 6 else ""
         warnings.warn(
-            f"trainable_stages={trainable_stages} freezes {', '.join(frozen)}, whose weights are random: load weights "
-            f"first, or use trainable_stages=5",
+            f"trainable_stages={trainable_stages} freezes {', '.join(random[:6])}{more}, whose weights are random: "
+            f"load weights first, or use trainable_stages=5",
             stacklevel=2,
         )
+    for name, norm in norms.items():
+        net.set_submodule(name, norm)
     for name in frozen:
-        net.set_submodule(name, _frozen_norms(net.get_submodule(name)))
-        net.get_submodule(name).requires_grad_(False)
+        part = net.get_submodule(name).requires_grad_(False)
+        for module in part.modules():
+            _drop_nothing(module)
     for parameter in net.parameters(recurse=False):  # a position embedding, which belongs to the stem
         parameter.requires_grad_(False)
 
 
-def _frozen_norms(module: nn.Module) -> nn.Module:
-    """`module` with each BatchNorm in it replaced by a frozen one of the same function."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return _frozen_norm(module)
-    for name, child in module.named_children():
-        setattr(module, name, _frozen_norms(child))
-    return module
+def _norms(net: nn.Module, parts: Sequence[str]) -> Iterator[tuple[str, nn.modules.batchnorm._BatchNorm]]:
+    """Each BatchNorm in the parts with its name in the network."""
+    for part in parts:
+        for name, module in net.get_submodule(part).named_modules(prefix=part, remove_duplicate=False):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                yield name, module
+
+
+def _random(net: nn.Module, parts: Sequence[str]) -> list[str]:
+    """The parts whose tensors no loaded weights held; of the parts that they held in part, the other tensors."""
+    random_tensors: set[str] = getattr(net, "random_tensors", set(net.state_dict()))
+    names: list[str] = []
+    for part in parts:
+        tensors = net.get_submodule(part).state_dict(prefix=f"{part}.")
+        weights = [key for key in tensors if not key.endswith(".num_batches_tracked")]
+        random = [key for key in weights if key in random_tensors]
+        names += [part] if random and random == weights else random
+    return names
+
+
+def _drop_nothing(module: nn.Module) -> None:
+    """Set a module's probability of dropping features, where it has one, to zero.
+
+    In place and not by an Identity, because attention reads the probability off its dropout.
+    """
+    attributes = [attribute for kind, own in _DROPPING.items() if isinstance(module, kind) for attribute in own]
+    if type(module).__module__.startswith("timm.") and hasattr(module, "drop_prob"):  # DropPath, DropBlock2d
+        attributes.append("drop_prob")
+    for attribute in attributes:
+        setattr(module, attribute, 0.0)
 
 
 def _frozen_norm(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
+    """A norm of the same function, whose statistics stay."""
     if norm.running_var is None:
         raise ValueError(
             f"{type(norm).__name__} without running statistics cannot be frozen: build the network with "

@@ -213,7 +213,7 @@ def create_backbone(
         checkpoint: activation checkpointing: less memory in training, more time.
         gate: attention of one's own in the slot before each block's addition, in place of the network's: a function
             from the block's channels to a module. Weights may lack its tensors, which then keep their initial
-            values, with a warning.
+            values, and hold those of the network's gate, which are left out; a warning names both.
         spatial_conv: a convolution of one's own in place of each bottleneck's 3x3, see SpatialConv. Weights must
             hold its tensors; for a file of the plain network, call load_weights with `keep` and `drop`.
         new_classifier: weights with another number of classes, or with none, are accepted: the classifier then
@@ -240,7 +240,7 @@ def create_backbone(
         stem_width=variant.stem_width,
         groups=variant.groups,
         width_per_group=variant.width_per_group,
-        spatial_conv=spatial_conv or variant.spatial_conv,
+        spatial_conv=variant.spatial_conv if spatial_conv is None else spatial_conv,
         gate=filled_gate,
         average_pool=variant.average_pool,
         pooled_shortcut=variant.pooled_shortcut,
@@ -249,8 +249,7 @@ def create_backbone(
         checkpoint=checkpoint,
     )
     if weights is not None:
-        own_gate = [key for key in net.state_dict() if gate and ".gate." in key]
-        load_backbone_weights(net, name, weights, new_classifier=new_classifier, keep=own_gate)
+        load_backbone_weights(net, name, weights, new_classifier=new_classifier, own_gate=gate is not None)
     return net
 
 

@@ -1,4 +1,4 @@
-"""Weights from files: published files by name, any file by its path or address, in the layouts that are in use.
+"""Weights from files into networks: published files by name, any file by its path or address, in the usual layouts.
 
 Loading is strict: every tensor of a loaded network is the file's, but for those that the caller names, and a warning
 says which they are. Files are read as data (safetensors, or torch.load with weights_only=True), so that a file cannot
@@ -7,38 +7,30 @@ run code.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import pickle
 import re
-import urllib.request
-import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from resnest_det.backbones.key_layouts import (
     convert_state_dict,
-    detect_layout,
     is_backbone_of_a_model,
     without_wrappers,
 )
-from resnest_det.backbones.published import PublishedWeights, list_weights, published_weights
+from resnest_det.backbones.published import list_weights, published_weights
 from resnest_det.backbones.resnet import ResNet
+from resnest_det.backbones.weight_files import find_file, find_weights
 
-FOLDER_VARIABLE = "RESNEST_DET_WEIGHTS"  # the environment variable with a folder of files that are not fetched
-_SECONDS_OF_SILENCE = 30  # after which an address is given up
 _WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict")  # where checkpoints hold a state dict
 _CLASSIFIER = ("fc.weight", "fc.bias")
+_GATE = ".gate."  # in the name of what stands in a block's slot for attention
 _ECA_KERNEL = re.compile(r"layer\d\.\d+\.gate\.conv\.weight")
 
 
@@ -53,16 +45,17 @@ def load_weights(
     """Load a file's weights into `net`, all of them or none.
 
     The tensors of a backbone are renamed from the layout that the file's keys show, see key_layouts. Detectors and
-    segmentation models load their own state dicts. "module." and "_orig_mod." before all keys are dropped, and the
-    counters `num_batches_tracked` may be there or not: FrozenBatchNorm has none.
+    segmentation models load their own state dicts. "module." and "_orig_mod." before all keys, from DataParallel and
+    torch.compile, are dropped on both sides, and the counters `num_batches_tracked` may be there or not:
+    FrozenBatchNorm has none.
 
     Args:
         net: a backbone, a detector, or any other module.
         source: a file's path; or the http(s) address of one; or "network/name" of list_weights(), such as
             "resnest50/imagenet". A file is safetensors or torch.save's: a state dict, or a checkpoint that holds one
-            under "model", "state_dict", "model_state" or "model_state_dict". What is fetched is kept under its name
-            in `checkpoints` in torch.hub.get_dir(), as torch.hub does, and checked where its name ends in "-" and
-            the first eight or more digits of its SHA-256.
+            under "model", "state_dict", "model_state" or "model_state_dict". What is fetched is kept in `checkpoints`
+            in torch.hub.get_dir(): under its name, and checked, where that ends in "-" and the first eight or more
+            digits of its SHA-256; else with a hash of the address before its name.
         new_classifier: accept a file whose classifier (`fc`) has another number of classes, or that has none: the
             network's stays as it is. The file of a detector or a segmentation model needs no flag for having none.
         keep: fnmatch patterns, such as "layer?.*.gate.*", of tensors of `net` that the file need not have; without
@@ -73,23 +66,25 @@ def load_weights(
     Raises:
         FileNotFoundError: there is no such file, or it is published where no program can fetch it.
         ConnectionError: no address gave the file.
+        OSError: torch.hub's folder cannot be written to.
         ValueError: the file cannot be read as data, or its tensors are not those of `net`; the message names
             what is missing, extra or of another shape, and `net` is unchanged. Or a pattern matches no tensor.
 
     Warns:
-        UserWarning: tensors of `net` stay as they are, or tensors of the file are left out.
+        UserWarning: tensors of `net` stay as they are, tensors of the file are left out, or a damaged copy of a
+            published file was passed over for another.
     """
-    path = _find(source)
+    path = find_file(source)
     if path is None:
         raise FileNotFoundError(
             f"no weights at {source}: give the path of a file, a URL, or network/name of published weights, such as "
             f"'resnest50/imagenet'{_names_hint(str(source).partition('/')[0])}"
         )
-    _load_file(net, path, new_classifier, keep, drop)
+    _load_file(net, path, new_classifier=new_classifier, keep=keep, drop=drop)
 
 
 def load_backbone_weights(
-    net: nn.Module, network: str, weights: str, *, new_classifier: bool = False, keep: Sequence[str] = ()
+    net: nn.Module, network: str, weights: str, *, new_classifier: bool = False, own_gate: bool = False
 ) -> None:
     """Load weights into a backbone, with what is published for it by the short name.
 
@@ -98,43 +93,26 @@ def load_backbone_weights(
         network: its name, one of list_backbones().
         weights: "imagenet" or another name of list_weights(network); else as load_weights's `source`.
         new_classifier: see load_weights.
-        keep: see load_weights.
+        own_gate: what `net` has under `gate` is its user's, not the published network's: its tensors may be missing
+            from the file and then stay as they are, and those that the file has there for another are left out.
 
     Raises:
         FileNotFoundError: `weights` is nothing of the kind, or published where no program can fetch it.
         ConnectionError: no address gave the file.
+        OSError: torch.hub's folder cannot be written to.
         ValueError: nothing of that name is published for the network, or see load_weights.
     """
     published = any(entry.name == weights for entry in list_weights(network))
     if published or weights == "imagenet":
         path: Path | None = find_weights(published_weights(network, weights))
     else:
-        path = _find(weights)
+        path = find_file(weights)
     if path is None:
         raise FileNotFoundError(
             f"weights={weights!r} is neither 'imagenet' nor the path of a file, nor a URL or network/name of "
             f"published weights{_names_hint(network)}"
         )
-    _load_file(net, path, new_classifier, keep, ())
-
-
-def find_weights(published: PublishedWeights) -> Path:
-    """The file of published weights, with its hash checked.
-
-    It is looked for in the folder that the environment variable RESNEST_DET_WEIGHTS names, then in `checkpoints`
-    under torch.hub.get_dir(); else it is fetched into the latter, from the first address that gives it.
-
-    Raises:
-        FileNotFoundError: no program can fetch it.
-        ConnectionError: no address gave it.
-        ValueError: a copy has another hash, or RESNEST_DET_WEIGHTS is no folder.
-    """
-    if not published.urls:
-        raise FileNotFoundError(
-            f"{published.network}/{published.name} is published where no program can fetch it: get the file from "
-            f"{published.page} and give its path"
-        )
-    return _find_or_fetch(published.file_name, published.urls, published.sha256)
+    _load_file(net, path, new_classifier=new_classifier, own_gate=own_gate)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -194,114 +172,42 @@ def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or in_content
 
 
-# --- where a file is
-
-
-def _find(source: str | Path) -> Path | None:
-    """The file at a path or an address, or of published weights by "network/name"; None where it is none of them."""
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return _find_or_fetch_url(source)
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    network, _, name = str(source).partition("/")
-    return next((find_weights(entry) for entry in list_weights(network) if network and entry.name == name), None)
-
-
 def _names_hint(network: str) -> str:
     names = [entry.name for entry in list_weights(network)] if network else []
     return f"; for {network} there are: {', '.join(names)}" if names else ""
 
 
-def _find_or_fetch_url(url: str) -> Path:
-    name = unquote(urlsplit(url).path.rsplit("/", 1)[-1])
-    if not name:
-        raise ValueError(f"{url} names no file: give the address of the file itself")
-    sha256 = re.search(r"-([0-9a-f]{8,64})\.[^-]*$", name)
-    return _find_or_fetch(name, (url,), sha256[1] if sha256 else "")
-
-
-def _find_or_fetch(name: str, urls: Sequence[str], sha256: str) -> Path:
-    """The file `name`, found or fetched, whose SHA-256 begins with `sha256`."""
-    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
-    folders = [checkpoints]
-    if own := os.environ.get(FOLDER_VARIABLE):
-        folders.insert(0, Path(own).expanduser())
-        if not folders[0].is_dir():
-            raise ValueError(f"{FOLDER_VARIABLE}={own!r} is no folder; set it to one that holds weights, or unset it")
-    for path in (folder / name for folder in folders):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if not digest.startswith(sha256):
-                raise ValueError(
-                    f"{path} has SHA-256 {digest[: len(sha256)]}..., where {sha256} is published: it is damaged; "
-                    f"delete it to have it fetched again"
-                )
-            return path
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    reasons = []
-    for url in urls:
-        try:
-            _download(url, checkpoints / name, sha256)
-        except (OSError, HTTPException) as error:
-            reasons.append(f"  {url}: {error or type(error).__name__}")
-        else:
-            return checkpoints / name
-    raise ConnectionError(
-        f"{name} could not be downloaded:\n" + "\n".join(reasons) + f"\nfetch it elsewhere and put it into "
-        f"{folders[0]}, or give its path as weights"
-    )
-
-
-def _download(url: str, path: Path, sha256: str) -> None:
-    """Fetch a file; until it is complete and its hash is right it has another name.
-
-    torch.hub.download_url_to_file waits for a silent host for ever and takes a cut-off file for a whole one.
-
-    Raises:
-        OSError: the address fails or is silent, the connection is cut off, or the file has another hash.
-    """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    request = urllib.request.Request(url, headers={"User-Agent": "resnest_det"})
-    digest = hashlib.sha256()
-    try:
-        with urllib.request.urlopen(request, timeout=_SECONDS_OF_SILENCE) as response, partial.open("xb") as file:
-            length = response.headers.get("Content-Length")
-            num_bytes = int(length) if length else None
-            with tqdm(total=num_bytes, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    digest.update(block)
-                    bar.update(len(block))
-            if num_bytes is not None and file.tell() != num_bytes:
-                raise OSError(f"cut off after {file.tell()} of {num_bytes} bytes")
-        if not digest.hexdigest().startswith(sha256):
-            raise OSError(f"SHA-256 {digest.hexdigest()[: len(sha256)]}..., where {sha256} is published")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 # --- from a file into a network
 
 
-def _load_file(net: nn.Module, path: Path, new_classifier: bool, keep: Sequence[str], drop: Sequence[str]) -> None:
+def _load_file(
+    net: nn.Module,
+    path: Path,
+    *,
+    new_classifier: bool,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    own_gate: bool = False,
+) -> None:
+    net = _unwrapped(net)
     own = net.state_dict()
     state = read_state_dict(path)
     may_lack_classifier = new_classifier
     if set(_without_counters(state)) != set(_without_counters(own)):
         state = without_wrappers(state)
         if isinstance(net, ResNet):
-            may_lack_classifier |= is_backbone_of_a_model(detect_layout(state))
+            may_lack_classifier |= is_backbone_of_a_model(state)
             try:
                 state = convert_state_dict(state, to="resnest_det")
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
 
     dropped = _matching(drop, state, "drop", f"of {path}")
-    state = {key: tensor for key, tensor in state.items() if key not in dropped}
     optional = _matching(keep, own, "keep", f"of this {type(net).__name__}")
+    if own_gate:
+        dropped |= {key for key in state.keys() - own.keys() if _GATE in key}
+        optional |= {key for key in own if _GATE in key}
+    state = {key: tensor for key, tensor in state.items() if key not in dropped}
     classifier_kept = _why_classifier_is_kept(own, state, new_classifier, may_lack_classifier)
     if classifier_kept:
         state = {key: tensor for key, tensor in state.items() if key not in _CLASSIFIER}
@@ -318,6 +224,14 @@ def _load_file(net: nn.Module, path: Path, new_classifier: bool, keep: Sequence[
     if any(said):
         warnings.warn(f"{path}: {'; '.join(filter(None, said))}", stacklevel=3)
     net.load_state_dict(state, strict=False)  # what strict would refuse now are counters and what the caller named
+
+
+def _unwrapped(net: nn.Module) -> nn.Module:
+    """The module inside those of DataParallel and torch.compile, whose prefixes without_wrappers takes off a file."""
+    for name, inner in net.named_children():
+        if name in ("module", "_orig_mod") and all(key.startswith(f"{name}.") for key in net.state_dict()):
+            return _unwrapped(inner)
+    return net
 
 
 def _why_classifier_is_kept(

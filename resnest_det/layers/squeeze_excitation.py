@@ -73,8 +73,10 @@ class SqueezeExcitation(nn.Module):
             hidden = hidden_channels(channels)
         else:
             hidden = hidden_channels
-        if hidden < 1:
-            raise ValueError(f"hidden_channels gives {hidden} for channels={channels}; it must be 1 or more")
+        if not isinstance(hidden, int) or hidden < 1:
+            raise ValueError(
+                f"hidden_channels gives {hidden} for channels={channels}; it must be an integer of 1 or more"
+            )
         if channels % groups or hidden % groups:
             raise ValueError(
                 f"groups={groups} must divide channels={channels} and the hidden width {hidden}, "

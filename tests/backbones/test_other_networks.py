@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from resnest_det.backbones import STAGES, fpn_backbone, freeze_stages, stage_extractor
 from resnest_det.models import deeplabv3plus, faster_rcnn
+from tests.random_norms import randomise_norms
 
 SIZES = [(64, 96), (65, 97)]
 
@@ -299,6 +300,38 @@ def test_freezing_is_of_the_network_itself() -> None:
     assert isinstance(net.features.denseblock1.denselayer1.norm1, nn.BatchNorm2d)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(torchvision.models.DenseNet, 8, (1, 1, 1, 1), 16, drop_rate=0.5),
+        lambda: torchvision.models.SwinTransformer(
+            [4, 4], 16, [1, 1, 1, 1], [1, 1, 2, 2], [4, 4], dropout=0.5, attention_dropout=0.5
+        ),
+        partial(timm.create_model, "convnext_atto", drop_path_rate=0.9),
+        partial(timm.create_model, "resnet18", drop_path_rate=0.5, drop_block_rate=0.3),
+    ],
+    ids=["densenet", "swin", "timm convnext", "timm resnet"],
+)
+@torch.no_grad()
+def test_frozen_stages_drop_nothing(build: partial[nn.Module]) -> None:
+    torch.manual_seed(0)
+    net = randomise_norms(build())  # timm's last norm of a block starts at zero, which hides its branch
+    stages = stage_extractor(net).train()
+    x = torch.randn(2, 3, 64, 64)
+    assert not torch.equal(stages(x)["layer4"], stages(x)["layer4"])
+    freeze_stages(net, 0)
+    stages = stage_extractor(net)
+    expected = stages.eval()(x)["layer4"]
+    assert torch.equal(stages.train()(x)["layer4"], expected)
+
+
+def test_freezing_where_timm_names_no_module_for_the_stem() -> None:
+    net = timm.create_model("tresnet_m")
+    freeze_stages(net, 3)
+    frozen = {".".join(key.split(".")[:2]) for key, p in net.named_parameters() if not p.requires_grad}
+    assert frozen == {"body.conv1", "body.layer1"}
+
+
 def test_freezing_a_network_of_ones_own() -> None:
     """What is its own parameter, no module's, is of the stem."""
     net = own_network(*(nn.Conv2d(3, 3, 3, stride=2, padding=1) for _ in range(4)))
@@ -332,8 +365,12 @@ class Doubled(nn.BatchNorm2d):
     ],
 )
 def test_norms_that_cannot_be_frozen(norm_layer: type[nn.Module], message: str) -> None:
+    net = torchvision.models.resnet18()
+    net.layer1[1].bn2 = norm_layer(64)
     with pytest.raises(ValueError, match=message):
-        freeze_stages(torchvision.models.resnet18(norm_layer=norm_layer), 3)
+        freeze_stages(net, 3)
+    assert isinstance(net.bn1, nn.BatchNorm2d)  # nothing is frozen where not all can be
+    assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 def test_networks_that_cannot_be_frozen_by_stages() -> None:
@@ -348,6 +385,10 @@ def test_networks_that_cannot_be_frozen_by_stages() -> None:
 
 def two_stages() -> nn.Module:
     return torchvision.models.ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)])
+
+
+def one_stride() -> nn.Module:
+    return torchvision.models.MobileNetV2(inverted_residual_setting=[[1, 16, 1, 1]])
 
 
 def own_network(*modules: nn.Module) -> nn.Module:
@@ -369,6 +410,7 @@ def own_network(*modules: nn.Module) -> nn.Module:
             "ShuffleNetV2 has no stage 'layer1', only .* RegNet, SwinTransformer; timm",
         ),
         (two_stages, "ConvNeXt has stages at strides 4, 8: a backbone has four, at strides 4, 8, 16 and 32"),
+        (one_stride, "MobileNetV2 has stages at strides below 4: a backbone has four, at strides 4, 8, 16 and 32"),
         (
             partial(timm.create_model, "vit_tiny_patch16_224", dynamic_img_size=True),
             "VisionTransformer has stages at strides 16, 16, 16, .*: a backbone has four",

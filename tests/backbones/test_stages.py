@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -17,7 +19,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import FrozenBatchNorm2d
 
 from resnest_det import create_backbone, fpn_backbone, stage_extractor
-from resnest_det.backbones import freeze_stages
+from resnest_det.backbones import BasicBlock, ResNet, freeze_stages
 
 NAMES = ["resnet18", "resnest14", "resnest50_fast_1s4x24d"]
 TARGETS = [
@@ -149,6 +151,47 @@ def test_freezing_random_weights_warns() -> None:
         freeze_stages(create_backbone("resnet18"), 6)
     with pytest.raises(ValueError, match="extra_level='p6' must be 'pool' or 'p6p7'"):
         fpn_backbone(create_backbone("resnet18"), extra_level="p6")
+
+
+def test_freezing_names_the_tensors_that_no_weights_held() -> None:
+    net = create_backbone("resnet18")
+    state = net.state_dict()
+    net.load_state_dict({}, strict=False)
+    assert not net.weights_loaded
+    net.load_state_dict({key: state[key] for key in state if "layer1.0." not in key and "fc" not in key}, strict=False)
+    assert not net.weights_loaded
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        freeze_stages(copy.deepcopy(net), 4)  # the stem alone
+    message = (
+        r"=3 freezes layer1\.0\.conv1\.weight, layer1\.0\.bn1\.weight, .*running_var, .* and 4 more, whose weights"
+    )
+    with pytest.warns(UserWarning, match=message):
+        freeze_stages(copy.deepcopy(net), 3)
+    net.load_state_dict(state)
+    assert net.weights_loaded
+    assert not net.random_tensors
+
+
+def test_loading_a_model_marks_the_network_in_it() -> None:
+    model = nn.ModuleDict({name: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=1) for name in ("first", "second")})
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("first.layer1.")}
+    model.load_state_dict(state, strict=False)
+    assert not model["first"].weights_loaded
+    assert model["second"].weights_loaded
+    assert pickle.loads(pickle.dumps(model))["second"].weights_loaded
+
+
+def test_frozen_stages_drop_no_branch() -> None:
+    net = create_backbone("resnet18", drop_path=0.9)
+    net.load_state_dict(net.state_dict())
+    freeze_stages(net, 1)
+    x = torch.randn(4, 3, 64, 64)
+    stages = stage_extractor(net, ("layer1", "layer2", "layer3"))
+    expected = stages.eval()(x)
+    for name, feature in stages.train()(x).items():
+        assert torch.equal(feature, expected[name])
+    assert net.layer4[1].drop_path.p == 0.9
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from resnest_det.layers import CBAM, ChannelAttention, SpatialAttention, group_norm, norm_layer
 from tests.layers.gradients import output_and_gradients
+from tests.random_norms import randomise_norms
 
 
 def plain_channel_attention(layer: ChannelAttention, x: Tensor) -> Tensor:
@@ -47,14 +48,6 @@ def plain_spatial_attention(layer: SpatialAttention, x: Tensor) -> Tensor:
     return torch.stack(images)
 
 
-def randomised(norm: nn.Module) -> None:
-    """A norm with statistics and affine that matter."""
-    nn.init.uniform_(norm.weight, 0.5, 1.5)
-    nn.init.normal_(norm.bias)
-    nn.init.normal_(norm.running_mean)
-    nn.init.uniform_(norm.running_var, 0.5, 1.5)
-
-
 @pytest.mark.parametrize(("channels", "reduction"), [(32, 16), (32, 4), (7, 3)])
 def test_channel_attention_equals_the_plain_formulas(channels: int, reduction: int) -> None:
     torch.manual_seed(0)
@@ -70,7 +63,7 @@ def test_channel_attention_equals_the_plain_formulas(channels: int, reduction: i
 def test_spatial_attention_equals_the_plain_formulas(kernel_size: int, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     layer = SpatialAttention(kernel_size=kernel_size).double().eval()
-    randomised(layer.bn)
+    randomise_norms(layer.bn)
     x = torch.randn(shape, dtype=torch.float64)
     parameters = list(layer.parameters())
     expected = output_and_gradients(lambda x: plain_spatial_attention(layer, x), x, parameters)
@@ -80,7 +73,7 @@ def test_spatial_attention_equals_the_plain_formulas(kernel_size: int, shape: tu
 def test_cbam_is_the_channel_gate_then_the_spatial_gate() -> None:
     torch.manual_seed(0)
     layer = CBAM(16, reduction=4, kernel_size=3).double().eval()
-    randomised(layer.spatial.bn)
+    randomise_norms(layer.spatial.bn)
     x = torch.randn(2, 16, 6, 5, dtype=torch.float64)
     expected = plain_spatial_attention(layer.spatial, plain_channel_attention(layer.channel, x))
     torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
@@ -91,7 +84,7 @@ def test_timm_agrees_without_biases_and_with_the_planes_swapped(training: bool) 
     torch.manual_seed(0)
     ours, theirs = CBAM(64).double().train(training), CbamModule(64).double().train(training)
     for norm in (theirs.spatial.conv.bn, ours.spatial.bn):
-        randomised(norm)
+        randomise_norms(norm)
     nn.init.zeros_(ours.channel.fc1.bias)
     nn.init.zeros_(ours.channel.fc2.bias)
     ours.channel.load_state_dict(

@@ -34,6 +34,7 @@ IMAGE_LAYERS: dict[str, Callable[[], nn.Module]] = {
     "selective_kernel": lambda: SelectiveKernelConv2d(32, 32, groups=4),
     "selective_kernel_3": lambda: SelectiveKernelConv2d(32, 32, branch_dilations=(1, 2, 3)),
     "split_attention": lambda: SplitAttentionConv2d(32, 32),
+    "split_attention_1": lambda: SplitAttentionConv2d(32, 32, radix=1, groups=2),
     "split_attention_4": lambda: SplitAttentionConv2d(32, 32, radix=4, groups=2),
 }
 OTHER_LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from resnest_det.layers import SelectiveKernelConv2d, group_norm, pooled_group_norm
 from tests.layers.gradients import output_and_gradients
+from tests.random_norms import randomise_norms
 
 
 def plain_selective_kernel(layer: SelectiveKernelConv2d, x: Tensor, dilations: list[int], stride: int) -> Tensor:
@@ -38,17 +39,6 @@ def plain_selective_kernel(layer: SelectiveKernelConv2d, x: Tensor, dilations: l
     return torch.stack(images)
 
 
-def randomised(layer: nn.Module) -> nn.Module:
-    """Norms with statistics and affine that matter."""
-    for module in layer.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return layer
-
-
 @pytest.mark.parametrize("branch_dilations", [(1, 2), (2, 1, 3), (1, 1, 2, 2)])
 @pytest.mark.parametrize(
     ("stride", "dilation", "groups", "kernel_size"), [(1, 1, 1, 3), (2, 1, 4, 3), (1, 2, 2, 3), (1, 1, 1, 5)]
@@ -66,7 +56,7 @@ def test_equals_the_plain_formulas(
         groups=groups,
         branch_dilations=branch_dilations,
     )
-    randomised(layer).double().eval()
+    randomise_norms(layer).double().eval()
     x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
     dilations = [dilation * own for own in branch_dilations]
     parameters = list(layer.parameters())
@@ -106,7 +96,7 @@ def test_equals_timm(training: bool, num_branches: int, stride: int, dilation: i
         rd_divisor=32,
         split_input=False,
     )
-    randomised(theirs).double().train(training)
+    randomise_norms(theirs).double().train(training)
     ours.double().train(training).load_state_dict(
         {key: theirs.state_dict()[key_of_timm(key)] for key in ours.state_dict()}
     )

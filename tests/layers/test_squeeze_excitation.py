@@ -154,7 +154,11 @@ def test_children() -> None:
         ({"channels": 0}, "channels=0 and groups=1 must both be 1 or more"),
         ({"groups": 0}, "channels=32 and groups=0 must both be 1 or more"),
         ({"reduction": 0}, "reduction=0 must be above 0"),
-        ({"hidden_channels": 0}, "hidden_channels gives 0 for channels=32; it must be 1 or more"),
+        ({"hidden_channels": 0}, "hidden_channels gives 0 for channels=32; it must be an integer of 1"),
+        (
+            {"hidden_channels": lambda channels: channels / 4},
+            "hidden_channels gives 8.0 for channels=32; it must be an int",
+        ),
         ({"hidden_channels": lambda channels: channels - 40}, "hidden_channels gives -8 for channels=32"),
         ({"gate": "tanh"}, "gate='tanh' is unknown; choose 'sigmoid' or 'hard_sigmoid'"),
         ({"groups": 3, "hidden_channels": 6}, "groups=3 must divide channels=32 and the hidden width 6"),

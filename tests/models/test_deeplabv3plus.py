@@ -19,6 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from resnest_det import create_backbone, list_backbones
 from resnest_det.models import DeepLabV3Plus, SegmentationLoss, deeplabv3plus
 from resnest_det.models.deeplabv3plus import ASPP
+from tests.random_norms import randomise_norms
 
 # One of each form; the rest of the table differs from these in its number of blocks.
 FORMS = ["resnet18", "resnet50", "resnext50_32x4d", "resnest14", "resnest50_fast_1s4x24d", "resnest50_fast_4s2x40d"]
@@ -35,17 +36,6 @@ def random_masks(*shape: int, num_classes: int = 5) -> Tensor:
     """Masks of every class, with some ignored pixels."""
     masks = torch.randint(0, num_classes, shape, dtype=torch.uint8)
     return masks.masked_fill(torch.rand(shape) < 0.1, 255)
-
-
-def randomise_norms(model: nn.Module) -> nn.Module:
-    """Statistics and affine as of a trained network, so that a norm left out or misplaced shows."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return model
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
