@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from resnest_det.layers.norm import NormLayer, check_pooled_batch, uses_batch_statistics
+from resnest_det.layers.selection import select_softly
 
 
 class SelectiveKernelConv2d(nn.Module):
@@ -107,15 +108,7 @@ class SelectiveKernelConv2d(nn.Module):
         maps = [branch(x) for branch in self.branches]  # each (N, channels, H', W')
         pooled = torch.stack([features.mean((2, 3), keepdim=True) for features in maps]).sum(0)
         logits = self.attention_logits(pooled)  # (N, branches, channels)
-        if len(maps) == 2:
-            first = (logits[:, 0] - logits[:, 1]).sigmoid()[:, :, None, None]
-            # lerp takes one dtype; under autocast a norm may return float32 where fc2 returns half precision.
-            return torch.lerp(maps[1], maps[0], first.to(maps[0].dtype))
-        weights = logits.softmax(dim=1)[..., None, None]  # (N, branches, channels, 1, 1)
-        out = maps[0] * weights[:, 0]
-        for index in range(1, len(maps)):
-            out = out + maps[index] * weights[:, index]
-        return out
+        return select_softly(maps, logits)
 
     def needs_several_images(self) -> bool:
         """Whether bn1 takes its statistics from the images of this process's batch, so that one is too few."""

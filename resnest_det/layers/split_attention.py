@@ -15,10 +15,10 @@ What differs from the reference:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from resnest_det.layers.norm import NormLayer, check_pooled_batch, uses_batch_statistics
+from resnest_det.layers.selection import select_softly
 
 
 class SplitAttentionConv2d(nn.Module):
@@ -101,15 +101,7 @@ class SplitAttentionConv2d(nn.Module):
         logits = self.attention_logits(pooled)  # (N, radix, channels)
         if self.radix == 1:
             return splits[0] * logits.sigmoid().flatten(1)[:, :, None, None]
-        if self.radix == 2:
-            first = (logits[:, 0] - logits[:, 1]).sigmoid()[:, :, None, None]
-            # lerp takes one dtype; under autocast a norm may return float32 where fc2 returns half precision.
-            return torch.lerp(splits[1], splits[0], first.to(splits[0].dtype))
-        weights = logits.softmax(dim=1)[..., None, None]  # (N, radix, channels, 1, 1)
-        out = splits[0] * weights[:, 0]
-        for index in range(1, self.radix):
-            out = out + splits[index] * weights[:, index]
-        return out
+        return select_softly(splits, logits)
 
     def needs_several_images(self) -> bool:
         """Whether bn1 takes its statistics from the images of this process's batch, so that one is too few."""
