@@ -29,7 +29,7 @@ from resnest_det.backbones.other_networks import (
     measured_shapes,
     stage_parts,
 )
-from resnest_det.layers import NormLayer, NormName, norm_layer
+from resnest_det.layers import NormLayer, NormName, SyncBatchNorm, norm_layer
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -240,7 +240,7 @@ def _frozen_norm(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
             f"track_running_stats=True, or use trainable_stages=5"
         )
     with norm.running_var.device:
-        if type(norm).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
+        if type(norm).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward):
             frozen: nn.Module = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
             frozen.load_state_dict(norm.state_dict(), strict=False)
         elif type(norm).__module__.startswith("timm."):

@@ -7,6 +7,7 @@ run code.
 
 from __future__ import annotations
 
+import errno
 import pickle
 import re
 import warnings
@@ -28,7 +29,8 @@ from resnest_det.backbones.published import list_weights, published_weights
 from resnest_det.backbones.resnet import ResNet
 from resnest_det.backbones.weight_files import find_file, find_weights
 
-_WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict")  # where checkpoints hold a state dict
+# Where checkpoints hold a state dict. The moving average of a run's weights comes first: it is what the run measured.
+_WRAPPERS = ("ema", "model", "state_dict", "model_state", "model_state_dict")
 _CLASSIFIER = ("fc.weight", "fc.bias")
 _GATE = ".gate."  # in the name of what stands in a block's slot for attention
 _ECA_KERNEL = re.compile(r"layer\d\.\d+\.gate\.conv\.weight")
@@ -53,9 +55,9 @@ def load_weights(
         net: a backbone, a detector, or any other module.
         source: a file's path; or the http(s) address of one; or "network/name" of list_weights(), such as
             "resnest50/imagenet". A file is safetensors or torch.save's: a state dict, or a checkpoint that holds one
-            under "model", "state_dict", "model_state" or "model_state_dict". What is fetched is kept in `checkpoints`
-            in torch.hub.get_dir(): under its name, and checked, where that ends in "-" and the first eight or more
-            digits of its SHA-256; else with a hash of the address before its name.
+            under "ema", "model", "state_dict", "model_state" or "model_state_dict". What is fetched is kept in
+            `checkpoints` in torch.hub.get_dir(): under its name, and checked, where that ends in "-" and the first
+            eight or more digits of its SHA-256; else with a hash of the address before its name.
         new_classifier: accept a file whose classifier (`fc`) has another number of classes, or that has none: the
             network's stays as it is. The file of a detector or a segmentation model needs no flag for having none.
         keep: fnmatch patterns, such as "layer?.*.gate.*", of tensors of `net` that the file need not have; without
@@ -149,8 +151,10 @@ def read_plain(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which a file cut short gives, by where torch.load then wants to read
+            raise
+        raise ValueError(f"{path} is damaged, or not plain data written by torch.save: it is cut short") from error
     except pickle.UnpicklingError as error:  # torch's own text advises to read the file unsafely
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         reason = f" (it asks for {wanted[1]})" if wanted else ""

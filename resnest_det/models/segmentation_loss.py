@@ -18,9 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnest_det.distributed import mean_tensor_over_processes
+
 
 class SegmentationLoss(nn.Module):
     """Cross-entropy, and Dice where it is asked for, over the pixels that are not ignored.
+
+    In a run of several processes, the cross-entropy of each is divided by the mean number of pixels that they have: the
+    mean over the processes is then the loss of all their pixels, however unevenly these are ignored. Dice is of each
+    process's own pixels.
 
     Args:
         ignore_index: value of the masks' pixels that count for nothing; not the number of a class.
@@ -108,6 +114,7 @@ class SegmentationLoss(nn.Module):
         labels = masks[counted]
         if len(labels) == 0:
             nothing = logits.sum() * 0  # connected to every parameter, as DistributedDataParallel needs
+            self._share(nothing.detach())  # the other processes wait for this one's part
             return {"seg": nothing, "dice": nothing} if self.dice_weight else {"seg": nothing}
         # Out of range, CUDA would abort the process with a message that names nothing.
         lowest, highest = torch.stack(labels.aminmax()).tolist()
@@ -130,9 +137,13 @@ class SegmentationLoss(nn.Module):
         )
         kept = masks[masks != self.ignore_index]
         if self.class_weights is None:
-            return total / len(kept)
+            return total / self._share(total.new_tensor(len(kept)))
         # Where all the batch's classes have weight 0, so is the total.
-        return total / self.class_weights[kept].sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return total / self._share(self.class_weights[kept].sum()).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _share(self, weight: Tensor) -> Tensor:
+        """The mean of the processes' weights of pixels: divided by it, their losses have the joint loss as mean."""
+        return mean_tensor_over_processes(weight) if self.training else weight
 
     def _hard(self, logits: Tensor, masks: Tensor, counted: Tensor) -> Tensor:
         """Which pixels (N, H, W) OHEM keeps: those below the threshold, and at least the hardest ohem_min_kept."""

@@ -20,6 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from resnest_det import create_backbone, fpn_backbone, stage_extractor
 from resnest_det.backbones import BasicBlock, ResNet, freeze_stages
+from resnest_det.layers import SyncBatchNorm
 
 NAMES = ["resnet18", "resnest14", "resnest50_fast_1s4x24d"]
 TARGETS = [
@@ -180,6 +181,18 @@ def test_loading_a_model_marks_the_network_in_it() -> None:
     assert not model["first"].weights_loaded
     assert model["second"].weights_loaded
     assert pickle.loads(pickle.dumps(model))["second"].weights_loaded
+
+
+@pytest.mark.parametrize("kind", [SyncBatchNorm, nn.SyncBatchNorm])
+def test_frozen_synchronised_norms(kind: type[nn.Module]) -> None:
+    net = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=kind)
+    net.load_state_dict(net.state_dict())  # no longer random, so that freezing it is no mistake
+    net.bn1.running_mean.normal_()
+    expected = net.bn1.state_dict()
+    freeze_stages(net, 4)
+    assert type(net.bn1) is FrozenBatchNorm2d
+    assert all(torch.equal(buffer, expected[name]) for name, buffer in net.bn1.state_dict().items())
+    assert type(net.layer1[0].bn1) is kind
 
 
 def test_frozen_stages_drop_no_branch() -> None:
