@@ -23,7 +23,7 @@ check: $(READY)  ## style, types, architecture
 	$(BIN)/lint-imports
 
 bench: $(READY)  ## the figures of docs/benchmarks.md that a few minutes can measure
-	$(BIN)/python -m tests.benchmarks.coco_parsing
+	$(BIN)/python -m tests.benchmarks.coco_scale
 	$(BIN)/python -m tests.benchmarks.mean_iou
 	$(BIN)/python -m tests.benchmarks.deeplabv3plus
 

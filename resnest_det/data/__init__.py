@@ -4,19 +4,25 @@ from resnest_det.data.ade20k import ADE20K, ADE20K_CLASS_NAMES, ADE20K_PALETTE
 from resnest_det.data.augment import DetectionAugmentation, SegmentationAugmentation
 from resnest_det.data.class_list import read_class_list
 from resnest_det.data.coco import CocoDetection
-from resnest_det.data.loaders import error_message, eval_loader, train_loader
+from resnest_det.data.loaders import error_message, eval_loader, repeat_factors, train_loader
 from resnest_det.data.mask_folder import MaskFolder
+from resnest_det.data.mixing import CopyPaste, Mosaic
+from resnest_det.data.sharing import once_per_machine
 
 __all__ = [
     "ADE20K",
     "ADE20K_CLASS_NAMES",
     "ADE20K_PALETTE",
     "CocoDetection",
+    "CopyPaste",
     "DetectionAugmentation",
     "MaskFolder",
+    "Mosaic",
     "SegmentationAugmentation",
     "error_message",
     "eval_loader",
+    "once_per_machine",
     "read_class_list",
+    "repeat_factors",
     "train_loader",
 ]

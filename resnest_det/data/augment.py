@@ -21,6 +21,8 @@ import numpy as np
 from albumentations.core.type_definitions import Targets
 from numpy.typing import NDArray
 
+from resnest_det.data.mixing import MIN_BOX_SIDE
+
 # Jitter of strength 1: factors in 1 ± 0.4 for brightness, contrast and saturation, hue turned by up to ± 0.1
 # of the circle.
 _MAX_FACTOR, _MAX_HUE = 0.4, 0.1
@@ -31,20 +33,32 @@ _IGNORED = 255
 
 
 class DetectionAugmentation:
-    """Random colours, flips and size of an image, its boxes following.
+    """Random colours, flips and size of an image, its boxes and masks following.
+
+    The size is one of a few short sides (multi-scale training), or it is large-scale jitter (Ghiasi et al., 2021,
+    arXiv 2012.07177; detectron2's ResizeScale and FixedSizeCrop): the image is scaled so that it would just fit a
+    square of crop_size times a drawn factor, and a crop of at most crop_size x crop_size is taken from anywhere in
+    it. What is smaller stays smaller: unlike detectron2's, the crop is not padded, since torchvision's detectors pad
+    the batch. A box that the crop cuts is clipped, also where its mask would allow a smaller one.
 
     What becomes of an image depends on `seed` alone: neither on the worker nor on what came before.
 
     Args:
         short_sides: short sides in pixels, one drawn for each image; empty leaves sizes as they are.
-        max_side: limit of the long side in pixels, which wins over the short side (torchvision's rule).
+        max_side: limit of the long side in pixels, which wins over the short side (torchvision's rule); of
+            short_sides only.
         horizontal_flip: probability in [0, 1].
         vertical_flip: probability in [0, 1].
         color_jitter: strength in [0, 1]; 0 for none, 1 for factors in 1 ± 0.4 of brightness, contrast and
             saturation and a hue turned by up to ± 0.1 of the circle.
+        scale_jitter: smallest and largest factor of large-scale jitter, drawn evenly, (0.1, 2.0) in the paper; None
+            for none. Excludes short_sides.
+        crop_size: side in pixels of the square that factor 1 fits the image into and that crops are limited to,
+            1024 in the paper; of scale_jitter only.
 
     Raises:
-        ValueError: a probability or strength outside [0, 1], or a size that is not positive.
+        ValueError: a probability or strength outside [0, 1], a size or factor that is not positive, short_sides
+            together with scale_jitter, or one of scale_jitter and crop_size without the other.
     """
 
     def __init__(
@@ -55,8 +69,11 @@ class DetectionAugmentation:
         horizontal_flip: float = 0.5,
         vertical_flip: float = 0.0,
         color_jitter: float = 0.0,
+        scale_jitter: tuple[float, float] | None = None,
+        crop_size: int = 0,
     ) -> None:
         _check_fractions(horizontal_flip, vertical_flip, color_jitter)
+        _check_scale_jitter(scale_jitter, crop_size, short_sides)
         if any(side < 1 for side in (*short_sides, max_side)):
             raise ValueError(
                 f"short_sides={tuple(short_sides)}, max_side={max_side}: sizes are pixels and must be positive"
@@ -72,39 +89,63 @@ class DetectionAugmentation:
         steps += _flips(horizontal_flip, vertical_flip)
         if short_sides:
             steps.append(RandomShortSide(short_sides, max_side))
-        if not any(isinstance(step, A.DualTransform) for step in steps):
-            steps.append(A.NoOp())  # albumentations warns where no step could move a box
-        # The format "albumentations" (fractions of the image) is the only one that is not rounded to float32
-        # on its way through the pipeline.
-        boxes = A.BboxParams("albumentations", clip=True, filter_invalid_bboxes=True)
-        self._pipeline = A.Compose(steps, bbox_params=boxes)
+        self._min_box_side = 0.0  # resizing alone drops nothing
+        if scale_jitter is not None:
+            steps.append(LargeScaleJitter(crop_size, scale_jitter))
+            self._min_box_side = MIN_BOX_SIDE
+        # Without bbox_params: they cost ten times the steps themselves, and round boxes in all formats but one.
+        self._pipeline = A.Compose(steps)
 
     def __call__(
-        self, image: NDArray[np.uint8], boxes_xyxy: NDArray[np.float32], seed: int | None = None
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
+        self,
+        image: NDArray[np.uint8],
+        boxes_xyxy: NDArray[np.float32],
+        masks: NDArray[np.uint8] | None = None,
+        seed: int | None = None,
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8] | None, NDArray[np.int64]]:
         """Augment one image.
 
         Args:
             image: RGB, (H, W, 3).
             boxes_xyxy: (N, 4) in pixels; N may be 0.
+            masks: the boxes' masks of 0 and 1, (N, H, W), or None.
             seed: decides everything random; None draws afresh.
 
         Returns:
-            The image (H', W', 3), its boxes (M, 4) in its own pixels and clipped to it, and which of the N
-            boxes these are (M,), rising. Where neither flip nor resizing happens, boxes inside the image come
-            back bit for bit.
+            The image (H', W', 3), its boxes (M, 4) in its own pixels and clipped to it, their masks (M, H', W') or
+            None, and which of the N boxes these are (M,), rising. Boxes outside the image are dropped; with
+            large-scale jitter, so are those less than 1 px wide or high in what is returned, which is
+            `CocoDetection`'s rule. A box stays though its mask has no pixel left. Where neither flip nor resizing
+            happens, boxes inside the image come back bit for bit.
+
+        Raises:
+            ValueError: the masks are not one for each box, of the image's size.
         """
-        _set_seed(self._pipeline, seed)
         height, width = image.shape[:2]
-        fractions = np.empty((len(boxes_xyxy), 5))  # the last column: the box's place
-        fractions[:, :4] = boxes_xyxy / np.array([width, height, width, height], np.float64)
-        fractions[:, 4] = np.arange(len(boxes_xyxy))
-        result = self._pipeline(image=image, bboxes=fractions)
-        height, width = result["image"].shape[:2]
-        # With no box left, albumentations returns four columns.
-        fractions = result["bboxes"] if len(result["bboxes"]) else np.empty((0, 5))
-        boxes = (fractions[:, :4] * (width, height, width, height)).astype(np.float32)
-        return result["image"], boxes, fractions[:, 4].astype(np.int64)
+        num_boxes = len(boxes_xyxy)
+        # Steps take and return boxes as fractions of the image.
+        fractions = boxes_xyxy / np.array([width, height, width, height], np.float64)
+        inputs = {"image": image, "bboxes": fractions}
+        if masks is not None:
+            if masks.shape != (num_boxes, height, width):
+                raise ValueError(
+                    f"masks of shape {masks.shape} do not fit {num_boxes} boxes on an image of {width} x {height} "
+                    f"pixels; give one mask for each box, {(num_boxes, height, width)}"
+                )
+            if num_boxes:  # albumentations takes no stack of no masks
+                inputs["masks"] = masks
+        _set_seed(self._pipeline, seed)
+        result = self._pipeline(**inputs)
+
+        image = result["image"]
+        height, width = image.shape[:2]
+        pixels = result["bboxes"].clip(0, 1) * (width, height, width, height)
+        sides = pixels[:, 2:] - pixels[:, :2]
+        # Rounded, since 1.8 + 1 - 1.8 is a little less than 1.
+        kept = np.flatnonzero(((sides > 0) & (np.round(sides, 6) >= self._min_box_side)).all(axis=1))
+        if masks is not None:
+            masks = result["masks"][kept] if num_boxes else np.empty((0, height, width), np.uint8)
+        return image, pixels[kept].astype(np.float32), masks, kept
 
 
 class SegmentationAugmentation:
@@ -144,10 +185,7 @@ class SegmentationAugmentation:
                 f"crop_size={crop_size}, base_size={base_size}: sizes are pixels; crop_size must be positive, "
                 f"base_size may be 0 for the image's own size"
             )
-        if not 0 < scale[0] <= scale[1] < math.inf:
-            raise ValueError(
-                f"scale={tuple(scale)} must be two positive numbers, the smaller one first, e.g. (0.5, 2.0)"
-            )
+        _check_range("scale", scale, "(0.5, 2.0)")
         if not 0 < max_class_ratio <= 1:
             raise ValueError(f"max_class_ratio={max_class_ratio} is outside (0, 1]; use 1 for no limit")
         steps: list[A.BasicTransform] = [RandomScaleCrop(crop_size, base_size, scale, max_class_ratio)]
@@ -175,11 +213,34 @@ class SegmentationAugmentation:
         return result["image"], result["mask"]
 
 
-class RandomShortSide(A.DualTransform):
+class CutAndResize(A.DualTransform):
+    """Cut a window out of an image and of what belongs to it, and resize it.
+
+    A subclass draws the two: a window of rows and columns in the image, and the size (width, height) that it takes.
+    The image is cut first and only then resized, so that the time does not depend on the scale, nor the memory on
+    how thin an image is. Bilinear, as models resize in evaluation; masks keep their values (nearest neighbour).
+    """
+
+    _targets: tuple[Targets, ...] = (Targets.IMAGE, Targets.MASK)
+
+    def apply(
+        self, img: NDArray[Any], window: tuple[slice, slice], size_wh: tuple[int, int], **_params: Any
+    ) -> NDArray[Any]:
+        """Cut and resize the image."""
+        return cv2.resize(img[window], size_wh, interpolation=cv2.INTER_LINEAR)
+
+    def apply_to_mask(
+        self, mask: NDArray[Any], window: tuple[slice, slice], size_wh: tuple[int, int], **_params: Any
+    ) -> NDArray[Any]:
+        """Cut and resize a mask."""
+        # EXACT samples where bilinear does; INTER_NEAREST would shift the mask by up to half a pixel.
+        return cv2.resize(mask[window], size_wh, interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+class RandomShortSide(CutAndResize):
     """Resize so that the short side is one drawn of `short_sides`, the long side at most `max_side`.
 
-    torchvision's rule: scale = min(short / min(h, w), max_side / max(h, w)). Bilinear, as torchvision's
-    detectors resize in evaluation; masks keep their values (nearest neighbour).
+    torchvision's rule: scale = min(short / min(h, w), max_side / max(h, w)).
 
     Args:
         short_sides: in pixels.
@@ -198,26 +259,48 @@ class RandomShortSide(A.DualTransform):
         height, width = params["shape"][:2]
         short = self.py_random.choice(self.short_sides)
         scale = min(short / min(height, width), self.max_side / max(height, width))
-        return {"size_wh": (max(1, round(width * scale)), max(1, round(height * scale)))}
-
-    def apply(self, img: NDArray[Any], size_wh: tuple[int, int], **_params: Any) -> NDArray[Any]:
-        """Resize the image."""
-        return cv2.resize(img, size_wh, interpolation=cv2.INTER_LINEAR)
-
-    def apply_to_mask(self, mask: NDArray[Any], size_wh: tuple[int, int], **_params: Any) -> NDArray[Any]:
-        """Resize a mask."""
-        return cv2.resize(mask, size_wh, interpolation=cv2.INTER_NEAREST)
+        size_wh = max(1, round(width * scale)), max(1, round(height * scale))
+        return {"window": (slice(height), slice(width)), "size_wh": size_wh}
 
     def apply_to_bboxes(self, bboxes: NDArray[Any], **_params: Any) -> NDArray[Any]:
-        """Boxes are fractions of the image inside albumentations: nothing to do."""
+        """Boxes are fractions of the image inside the pipeline: nothing to do."""
         return bboxes
 
 
-class RandomScaleCrop(A.DualTransform):
-    """Scale at random, then cut out a square of `crop_size`, or what there is of it.
+class LargeScaleJitter(CutAndResize):
+    """Scale to fit a square of `crop_size` times a drawn factor, and take a random crop of at most `crop_size`.
 
-    The piece is cut out first and only then resized, so that the time does not depend on the scale, nor the memory
-    on how thin an image is. Bilinear, as models resize in evaluation; masks keep their values (nearest neighbour).
+    Args:
+        crop_size: in pixels.
+        scale_jitter: smallest and largest factor.
+    """
+
+    _targets = (Targets.IMAGE, Targets.MASK, Targets.BBOXES)
+
+    def __init__(self, crop_size: int, scale_jitter: tuple[float, float]) -> None:
+        super().__init__(p=1.0)
+        self.crop_size = crop_size
+        self.scale_jitter = scale_jitter
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Draw the window in the given image and the size it is resized to."""
+        height, width = params["shape"][:2]
+        scale = self.py_random.uniform(*self.scale_jitter) * self.crop_size / max(height, width)
+        window_hw, size_wh = _crop_sizes(height, width, scale, self.crop_size)
+        return {"window": _random_window(self.py_random, height, width, window_hw), "size_wh": size_wh}
+
+    def apply_to_bboxes(
+        self, bboxes: NDArray[Any], window: tuple[slice, slice], shape: tuple[int, ...], **_params: Any
+    ) -> NDArray[Any]:
+        """From fractions of the image to fractions of the window, still beyond it where they are."""
+        rows, columns = window
+        offset = np.array([columns.start, rows.start] * 2)
+        size = np.array([columns.stop - columns.start, rows.stop - rows.start] * 2)
+        return (bboxes * (shape[1], shape[0], shape[1], shape[0]) - offset) / size
+
+
+class RandomScaleCrop(CutAndResize):
+    """Scale at random, then take a random square of `crop_size`, or what there is of it.
 
     Args:
         crop_size: in pixels.
@@ -225,8 +308,6 @@ class RandomScaleCrop(A.DualTransform):
         scale: smallest and largest.
         max_class_ratio: of the most frequent class among the pixels not ignored, see `SegmentationAugmentation`.
     """
-
-    _targets = (Targets.IMAGE, Targets.MASK)
 
     def __init__(self, crop_size: int, base_size: int, scale: tuple[float, float], max_class_ratio: float) -> None:
         super().__init__(p=1.0)
@@ -241,35 +322,34 @@ class RandomScaleCrop(A.DualTransform):
         scale = self.py_random.uniform(*self.scale)
         if self.base_size:
             scale *= self.base_size / min(height, width)
-        window_height, out_height = self._window_side(height, scale)
-        window_width, out_width = self._window_side(width, scale)
+        window_hw, size_wh = _crop_sizes(height, width, scale, self.crop_size)
         for _ in range(_MAX_DRAWS):
-            top = self.py_random.randint(0, height - window_height)
-            left = self.py_random.randint(0, width - window_width)
-            window = (slice(top, top + window_height), slice(left, left + window_width))
+            window = _random_window(self.py_random, height, width, window_hw)
             if self.max_class_ratio == 1 or _is_varied(data["mask"][window], self.max_class_ratio):
                 break
-        return {"window": window, "size_wh": (out_width, out_height)}
+        return {"window": window, "size_wh": size_wh}
 
-    def _window_side(self, side: int, scale: float) -> tuple[int, int]:
-        """How many of the image's pixels a side of the crop takes, and how many pixels they become."""
+
+def _crop_sizes(height: int, width: int, scale: float, crop_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many of the image's rows and columns a crop takes, and the width and height that they are resized to."""
+    sizes = []
+    for side in (height, width):
         scaled = max(1, round(side * scale))
-        if scaled <= self.crop_size:
-            return side, scaled
-        return max(1, round(self.crop_size * side / scaled)), self.crop_size
+        if scaled <= crop_size:
+            sizes.append((side, scaled))
+        else:
+            sizes.append((max(1, round(crop_size * side / scaled)), crop_size))
+    (window_height, out_height), (window_width, out_width) = sizes
+    return (window_height, window_width), (out_width, out_height)
 
-    def apply(
-        self, img: NDArray[Any], window: tuple[slice, slice], size_wh: tuple[int, int], **_params: Any
-    ) -> NDArray[Any]:
-        """Cut and resize the image."""
-        return cv2.resize(img[window], size_wh, interpolation=cv2.INTER_LINEAR)
 
-    def apply_to_mask(
-        self, mask: NDArray[Any], window: tuple[slice, slice], size_wh: tuple[int, int], **_params: Any
-    ) -> NDArray[Any]:
-        """Cut and resize a mask."""
-        # EXACT samples where bilinear does; INTER_NEAREST would shift the mask by up to half a pixel.
-        return cv2.resize(mask[window], size_wh, interpolation=cv2.INTER_NEAREST_EXACT)
+def _random_window(
+    generator: random.Random, height: int, width: int, window_hw: tuple[int, int]
+) -> tuple[slice, slice]:
+    """Rows and columns of a window of this size, anywhere in the image."""
+    top = generator.randint(0, height - window_hw[0])
+    left = generator.randint(0, width - window_hw[1])
+    return slice(top, top + window_hw[0]), slice(left, left + window_hw[1])
 
 
 def _is_varied(mask: NDArray[np.uint8], max_class_ratio: float) -> bool:
@@ -302,3 +382,29 @@ def _check_fractions(horizontal_flip: float, vertical_flip: float, color_jitter:
     ):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} is outside [0, 1]; use 0 for never or none, 1 for the most")
+
+
+def _check_scale_jitter(scale_jitter: tuple[float, float] | None, crop_size: int, short_sides: Sequence[int]) -> None:
+    if scale_jitter is None:
+        if crop_size:
+            raise ValueError(
+                f"crop_size={crop_size} has no effect without scale_jitter; give scale_jitter, e.g. (0.1, 2.0), or "
+                f"leave crop_size out"
+            )
+        return
+    _check_range("scale_jitter", scale_jitter, "(0.1, 2.0)")
+    if short_sides:
+        raise ValueError(
+            f"short_sides={tuple(short_sides)} and scale_jitter={tuple(scale_jitter)} both decide the size; leave "
+            f"short_sides empty for large-scale jitter, or leave scale_jitter out for multi-scale training"
+        )
+    if crop_size < 1:
+        raise ValueError(
+            f"crop_size={crop_size} with scale_jitter={tuple(scale_jitter)}: the square that the image is scaled to "
+            f"and cut to needs a positive side in pixels, e.g. crop_size=1024"
+        )
+
+
+def _check_range(name: str, value: tuple[float, float], example: str) -> None:
+    if len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
+        raise ValueError(f"{name}={tuple(value)} must be two positive numbers, the smaller one first, e.g. {example}")

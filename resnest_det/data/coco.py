@@ -1,7 +1,8 @@
 """COCO instances files as a data set: compact arrays, contiguous labels and the way back.
 
 The JSON is decoded straight into a few arrays, 41 bytes an annotation and no Python object, so that a process
-of COCO's size stays small and DataLoader workers share one copy. Polygons and run-length masks are skipped.
+of COCO's size stays small and DataLoader workers share one copy. Segmentations are skipped unless masks are asked
+for; they are then kept as they are, and become pixels when their image is loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import posixpath
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias
 
@@ -22,17 +23,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resnest_det.data.files import ImageFiles, describe_near, listed, offsets_of, read_rgb
+from resnest_det.data.coco_masks import Mistake, Segmentation, SegmentationReader, Segmentations
+from resnest_det.data.files import (
+    ImageFiles,
+    UnreadableImageError,
+    channels_first,
+    describe_near,
+    listed,
+    offsets_of,
+    read_rgb,
+)
+from resnest_det.data.mixing import MIN_BOX_SIDE, AnnotatedImage, CopyPaste, Mosaic
 
 Target: TypeAlias = dict[str, Any]
 Sample: TypeAlias = tuple[Tensor, Target]
 
-# In training, a box less than this many pixels wide or high after clipping is left out: it covers no whole
-# pixel, and the regression target log(width) runs away for thinner ones.
-MIN_BOX_SIDE = 1.0
-
 _NUM_SHOWN = 5  # how many broken annotations a message shows
-_CHUNK = 4096  # annotations decoded before they are moved into the arrays
+_CHUNK = 256  # annotations decoded before they are moved into the arrays: a processor's cache holds their numbers
 _MAX_COORDINATE = 1e9  # pixels; far above any image, far below what float32 overflows at
 _MIN_INT64, _MAX_INT64 = -(2**63), 2**63 - 1
 
@@ -41,26 +48,44 @@ class Transform(Protocol):
     """What `CocoDetection` calls on every sample it loads, e.g. `augment.DetectionAugmentation`."""
 
     def __call__(
-        self, image: NDArray[np.uint8], boxes_xyxy: NDArray[np.float32], seed: int | None
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
-        """The transformed image (H, W, 3), its boxes (M, 4), and which of the N given boxes these are (M,).
+        self,
+        image: NDArray[np.uint8],
+        boxes_xyxy: NDArray[np.float32],
+        masks: NDArray[np.uint8] | None,
+        seed: int | None,
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8] | None, NDArray[np.int64]]:
+        """Transform one image and what is on it.
 
-        All randomness comes from `seed`; None draws afresh.
+        Args:
+            image: RGB, (H, W, 3).
+            boxes_xyxy: (N, 4) in pixels.
+            masks: (N, H, W) of 0 and 1, or None where the data set reads no masks.
+            seed: decides everything random; None draws afresh.
+
+        Returns:
+            The image (H', W', 3), its boxes (M, 4), their masks (M, H', W') or None, and which of the N given
+            boxes these are (M,).
         """
         ...
 
 
 class CocoDetection(ImageFiles[Sample]):
-    """Images and boxes of a COCO instances file.
+    """Images, boxes and masks of a COCO instances file.
 
     `dataset[i]` is `(image, target)`: the image a uint8 RGB tensor (3, H, W), the target a dict of
     `boxes` float32 (N, 4) xyxy in pixels, `labels` int64 (N,) in 1..K, `image_id` int, `area` float64 (N,),
-    the annotations' own areas in pixels of the original image, and `iscrowd` bool (N,).
+    the annotations' own areas in pixels of the original image, and `iscrowd` bool (N,); with `masks=True` also
+    `masks` uint8 (N, H, W) of 0 and 1, pycocotools' to the last pixel.
 
     With `train=True`, crowd regions are left out, boxes are clipped to their image, and those then less than
     1 px wide or high are dropped with a warning. An image that had annotations and lost them all is left out
     too: it shows objects, so it is no true negative. With `train=False`, the ground truth is the
     file's, nothing clipped and nothing dropped, so that an evaluation equals pycocotools'.
+
+    With `train=True` and `masks=True`, a box whose mask has no pixel is dropped when its image is loaded, be it a
+    polygon too thin for one or a mask that the transform cut away. Mosaic comes before the transform, copy-paste
+    after it. What they draw, the other images too, depends on the seed of `load` alone; another image that cannot
+    be read is passed over for the next of the data set with on_unreadable="skip".
 
     Args:
         images: folder that the file names of the JSON are relative to.
@@ -71,6 +96,9 @@ class CocoDetection(ImageFiles[Sample]):
         keep_empty: in training, keep images without annotations, as negatives.
         on_unreadable: what `load` does with an image that cannot be decoded: "raise", or "skip" (returns
             None, warns once a file and lists the file in `skipped`).
+        masks: read the segmentations, which every annotation must then have.
+        mosaic: puts training images together from four.
+        copy_paste: pastes objects of another training image; needs masks.
 
     Attributes:
         class_names: label -> category name.
@@ -82,7 +110,8 @@ class CocoDetection(ImageFiles[Sample]):
 
     Raises:
         FileNotFoundError: the folder or the file is missing, or images that the file names.
-        ValueError: the file is no valid COCO instances file; the message lists every kind of mistake.
+        ValueError: the file is no valid COCO instances file; the message lists every kind of mistake. Or images
+            would be mixed without train=True, or pasted without masks=True.
     """
 
     def __init__(
@@ -94,15 +123,20 @@ class CocoDetection(ImageFiles[Sample]):
         transform: Transform | None = None,
         keep_empty: bool = True,
         on_unreadable: Literal["raise", "skip"] = "raise",
+        masks: bool = False,
+        mosaic: Mosaic | None = None,
+        copy_paste: CopyPaste | None = None,
     ) -> None:
         if not train and not keep_empty:
             warnings.warn("keep_empty=False has no effect with train=False: evaluation uses every image", stacklevel=2)
+        _check_mixing(train, masks, mosaic, copy_paste)
         folder, self._file = Path(images), Path(annotations)
         _check_paths_exist(folder, self._file)
-        content = _read(self._file)
+        content = _read(self._file, masks)
         _check_content(self._file, content)
         _check_images_exist(folder, content.file_names)
-        self._transform = transform
+        self._train, self._transform = train, transform
+        self._mosaic, self._copy_paste = mosaic, copy_paste
 
         category_ids = sorted(content.categories)
         self.category_ids = dict(enumerate(category_ids, start=1))
@@ -139,8 +173,46 @@ class CocoDetection(ImageFiles[Sample]):
         self._areas = torch.from_numpy(content.areas[chosen])
         self._iscrowd = torch.from_numpy(content.iscrowd[chosen])
         self._annotation_ids = torch.from_numpy(content.annotation_ids[chosen])
+        self._segmentations = None if content.segmentations is None else content.segmentations.select(chosen)
 
     def _load(self, index: int, seed: int | None) -> Sample:
+        sample = self._augmented(index, seed)
+        if self._copy_paste is not None:
+            generator = _generator(seed, 1)
+            if generator.random() < self._copy_paste.probability:
+                place, other_seed = (int(generator.integers(end)) for end in (len(self), _MAX_INT64))
+                other = self._first_readable(place, lambda place: self._augmented(place, other_seed))
+                sample = self._copy_paste(sample, other, generator)
+        target = {
+            "boxes": torch.from_numpy(sample.boxes_xyxy),
+            "labels": torch.from_numpy(sample.labels),
+            "image_id": int(self.image_ids[index]),
+            "area": torch.from_numpy(sample.areas),
+            "iscrowd": torch.from_numpy(sample.iscrowd),
+        }
+        if sample.masks is not None:
+            target["masks"] = torch.from_numpy(sample.masks)
+        return channels_first(sample.image), target
+
+    def _augmented(self, index: int, seed: int | None) -> AnnotatedImage:
+        """The image at `index`, or a mosaic that begins with it, transformed."""
+        sample = self._annotated(index)
+        if self._mosaic is not None:
+            generator = _generator(seed, 0)
+            if generator.random() < self._mosaic.probability:
+                places = generator.integers(len(self), size=3).tolist()
+                others = [self._first_readable(place, self._annotated) for place in places]
+                sample = self._mosaic([sample, *others], generator)
+        if self._transform is not None:
+            image, boxes, masks, kept = self._transform(sample.image, sample.boxes_xyxy, sample.masks, seed)
+            labels, areas, iscrowd = sample.labels[kept], sample.areas[kept], sample.iscrowd[kept]
+            sample = AnnotatedImage(image, boxes, labels, areas, iscrowd, masks)
+        if self._train and sample.masks is not None:
+            sample = sample.keep(np.any(sample.masks, axis=(1, 2)))
+        return sample
+
+    def _annotated(self, index: int) -> AnnotatedImage:
+        """The image at `index` and its objects as the file has them, all of it copies."""
         path, (width, height) = self.image_path(index), self._sizes[index].tolist()
         image = read_rgb(path, width, height)
         if image.shape[:2] != (height, width):
@@ -149,24 +221,43 @@ class CocoDetection(ImageFiles[Sample]):
                 f"{height}; the boxes belong to another version of this image"
             )
         first, last = self._span(self._offsets, index)
-        boxes = self._boxes[first:last].clone()  # a view would let a caller write into the data set
-        kept: slice | Tensor = slice(None)
-        if self._transform is not None:
-            image, boxes_xyxy, kept_indices = self._transform(image, boxes.numpy(), seed)
-            boxes, kept = torch.from_numpy(boxes_xyxy), torch.from_numpy(kept_indices)
-        target = {
-            "boxes": boxes,
-            "labels": self._labels[first:last][kept].clone(),
-            "image_id": int(self.image_ids[index]),
-            "area": self._areas[first:last][kept].clone(),
-            "iscrowd": self._iscrowd[first:last][kept].clone(),
-        }
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), target  # (H, W, 3) -> (3, H, W)
+        masks = None
+        if self._segmentations is not None:
+            masks = self._segmentations.rasterise(first, last, height, width)
+        return AnnotatedImage(
+            image,
+            self._boxes[first:last].numpy().copy(),
+            self._labels[first:last].numpy().copy(),
+            self._areas[first:last].numpy().copy(),
+            self._iscrowd[first:last].numpy().copy(),
+            masks,
+        )
+
+    def _first_readable(self, place: int, read: Callable[[int], AnnotatedImage]) -> AnnotatedImage:
+        """What `read` makes of the image at `place`, or of the next one that can be read, in a circle.
+
+        There is one: the image that is asked for has been read before any that is mixed with it.
+        """
+        while True:
+            try:
+                return read(place)
+            except UnreadableImageError as error:
+                self._pass_over(place, error)
+                place = (place + 1) % len(self)
 
     def annotation_ids(self, index: int) -> Tensor:
         """The file's ids of the image's annotations, int64 (N,), in the order of the untransformed boxes."""
         first, last = self._span(self._offsets, index)
         return self._annotation_ids[first:last].clone()
+
+    def label_lists(self) -> tuple[Tensor, Tensor]:
+        """The labels of all images, without reading any.
+
+        Returns:
+            Offsets int64 (num_images + 1,) and labels int64 (num_boxes,): those of image i are
+            `labels[offsets[i] : offsets[i + 1]]`, in the order of the untransformed boxes.
+        """
+        return self._offsets.clone(), self._labels.clone()
 
     @property
     def annotation_file(self) -> Path:
@@ -198,6 +289,10 @@ class _Annotation(msgspec.Struct, gc=False):
     iscrowd: int | bool = 0
 
 
+class _SegmentedAnnotation(_Annotation, gc=False):
+    segmentation: Segmentation = None
+
+
 class _Category(msgspec.Struct):
     id: _Id
     name: str
@@ -224,6 +319,8 @@ class _Content(NamedTuple):
     boxes_xywh: NDArray[np.float64]  # (A, 4)
     areas: NDArray[np.float64]  # (A,)
     iscrowd: NDArray[np.bool_]  # (A,)
+    segmentations: Segmentations | None  # of all annotations
+    segmentation_mistakes: list[Mistake]
 
 
 class _Selection(NamedTuple):
@@ -235,8 +332,8 @@ class _Selection(NamedTuple):
     notes: str  # what was left out or changed, for the summary
 
 
-def _read(path: Path) -> _Content:
-    """Decode the file; every mistake of syntax or type ends here."""
+def _read(path: Path, masks: bool) -> _Content:
+    """Decode the file, with its segmentations for masks; every mistake of syntax or type ends here."""
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty; it should be a COCO instances file")
     with path.open("rb") as file:
@@ -255,31 +352,41 @@ def _read(path: Path) -> _Content:
     boxes_xywh = np.empty((num_annotations, 4))
     areas = np.empty(num_annotations)
     iscrowd = np.empty(num_annotations, np.bool_)
-    decode = msgspec.json.Decoder(_Annotation).decode
+    segmentations = SegmentationReader() if masks else None
+    kind = _SegmentedAnnotation if masks else _Annotation
+    decode = msgspec.json.Decoder(kind).decode
     for start in range(0, num_annotations, _CHUNK):
         part = slice(start, start + _CHUNK)
         try:
             chunk = [decode(raw) for raw in document.annotations[part]]
         except (msgspec.ValidationError, UnicodeDecodeError):
-            _raise_annotation_error(path, document.annotations)
+            _raise_annotation_error(path, document.annotations, kind)
         ids[part] = [annotation.id for annotation in chunk]
         named_images[part] = [annotation.image_id for annotation in chunk]
         category_ids[part] = [annotation.category_id for annotation in chunk]
         boxes_xywh[part] = [annotation.bbox for annotation in chunk]
         areas[part] = [a.bbox[2] * a.bbox[3] if a.area is None else a.area for a in chunk]
         iscrowd[part] = [bool(annotation.iscrowd) for annotation in chunk]
+        if segmentations is not None:
+            for annotation in chunk:
+                assert isinstance(annotation, _SegmentedAnnotation)
+                segmentations.add(annotation.segmentation)
+    sizes = np.array([(i.width, i.height) for i in document.images], np.int64).reshape(-1, 2)
+    image_indices = _places(named_images, image_ids)
     return _Content(
         image_ids=image_ids,
-        sizes=np.array([(i.width, i.height) for i in document.images], np.int64).reshape(-1, 2),
+        sizes=sizes,
         file_names=[image.file_name for image in document.images],
         categories={category.id: category.name for category in document.categories},
         all_category_ids=np.array([category.id for category in document.categories], np.int64),
         annotation_ids=ids,
-        image_indices=_places(named_images, image_ids),
+        image_indices=image_indices,
         category_ids=category_ids,
         boxes_xywh=boxes_xywh,
         areas=areas,
         iscrowd=iscrowd,
+        segmentations=segmentations.segmentations() if segmentations else None,
+        segmentation_mistakes=segmentations.mistakes(sizes, image_indices) if segmentations else [],
     )
 
 
@@ -320,21 +427,35 @@ def _raise_structure_error(path: Path, text: mmap.mmap, error: msgspec.Validatio
     raise ValueError(f"{path} has the keys {listed(keys)} and lacks {', '.join(missing)}; {rule}") from None
 
 
-def _raise_annotation_error(path: Path, annotations: Iterable[msgspec.Raw]) -> NoReturn:
+def _raise_annotation_error(path: Path, annotations: Iterable[msgspec.Raw], kind: type[_Annotation]) -> NoReturn:
     """Find every annotation that does not decode and show the first few."""
     wrong = []
     for place, raw in enumerate(annotations):
         try:
-            msgspec.json.decode(raw, type=_Annotation)
+            msgspec.json.decode(raw, type=kind)
         except (msgspec.ValidationError, UnicodeDecodeError) as error:
             where = f"$.annotations[{place}]"
             reason = str(error).replace("`$", f"`{where}")
             wrong.append(reason if where in reason else f"{reason} - at `{where}`")
     shown = "".join(f"\n- {reason}" for reason in wrong[:_NUM_SHOWN])
+    masks = ", and for masks a segmentation" if kind is _SegmentedAnnotation else ""
     raise ValueError(
         f"{path}: {len(wrong)} annotations cannot be read; each needs id, image_id, category_id and "
-        f"bbox = [x, y, width, height]. The first:{shown}"
+        f"bbox = [x, y, width, height]{masks}. The first:{shown}"
     ) from None
+
+
+def _check_mixing(train: bool, masks: bool, mosaic: Mosaic | None, copy_paste: CopyPaste | None) -> None:
+    for name, mixing in (("mosaic", mosaic), ("copy_paste", copy_paste)):
+        if mixing is not None and not train:
+            raise ValueError(
+                f"{name} is given with train=False, but the ground truth of an evaluation is the file's; leave "
+                f"{name} out, or use train=True"
+            )
+    if copy_paste is not None and not masks:
+        raise ValueError(
+            "copy_paste cuts objects out along their masks, which masks=False does not read; use masks=True"
+        )
 
 
 def _check_paths_exist(folder: Path, file: Path) -> None:
@@ -378,6 +499,8 @@ def _check_content(path: Path, content: _Content) -> None:
     check(negative, annotation_ids, "annotations", "the width and height of bbox must not be negative")
     too_large = np.abs(content.boxes_xywh).max(axis=1) > _MAX_COORDINATE
     check(too_large, annotation_ids, "annotations", f"bbox must be within ± {_MAX_COORDINATE:g} pixels")
+    for wrong, rule in content.segmentation_mistakes:
+        check(wrong, annotation_ids, "annotations", rule)
     if mistakes:
         raise ValueError(f"{path} is no valid COCO instances file:" + "".join(f"\n- {m}" for m in mistakes))
 
@@ -461,6 +584,11 @@ def _summarise(path: Path, content: _Content, selection: _Selection) -> str:
         f"boxes), {len(selection.annotations)} boxes ({num_crowds} of them crowd regions), "
         f"{len(content.categories)} classes.{selection.notes}"
     )
+
+
+def _generator(seed: int | None, number: int) -> np.random.Generator:
+    """Random numbers of their own, of this number: the transform draws from the seed itself."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
 
 
 def _to_xyxy(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:

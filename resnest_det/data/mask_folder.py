@@ -19,6 +19,7 @@ from torch import Tensor
 from resnest_det.data.files import (
     ImageFiles,
     UnreadableImageError,
+    channels_first,
     describe_near,
     listed,
     pack_names,
@@ -114,8 +115,7 @@ class MaskFolder(ImageFiles[MaskedImage]):
             )
         if self._transform is not None:
             image, mask = self._transform(image, mask, seed)
-        channels_first = np.ascontiguousarray(image.transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
-        return torch.from_numpy(channels_first), torch.from_numpy(np.ascontiguousarray(mask))
+        return channels_first(image), torch.from_numpy(np.ascontiguousarray(mask))
 
     def _read_mask(self, index: int) -> NDArray[np.uint8]:
         """The mask (H, W) of 0..K-1 and 255."""

@@ -136,6 +136,19 @@ def test_a_sample_can_be_written_to_without_changing_the_data_set(tmp_path: Path
     assert (target["labels"].item(), target["area"].item(), target["iscrowd"].item()) == (1, 120, False)
 
 
+def test_label_lists(tmp_path: Path) -> None:
+    annotations = [box(10, image_id=3), box(11, image_id=1, category_id=7), box(12, image_id=3, category_id=7)]
+    data = read(write(tmp_path, [image(1), image(2), image(3)], annotations))
+    offsets, labels = data.label_lists()
+    assert (offsets.dtype, labels.dtype) == (torch.int64, torch.int64)
+    assert offsets.tolist() == [0, 1, 1, 3]
+    assert labels.tolist() == [2, 1, 2]
+    for index in range(3):
+        assert labels[offsets[index] : offsets[index + 1]].tolist() == data[index][1]["labels"].tolist()
+    labels.zero_()
+    assert data[0][1]["labels"].tolist() == [2]
+
+
 @pytest.mark.parametrize("index", [2, -3])
 def test_index_outside(tmp_path: Path, index: int) -> None:
     data = read(write(tmp_path, [image(1), image(2)], []))
@@ -320,9 +333,10 @@ def test_unknown_on_unreadable(tmp_path: Path) -> None:
 
 
 def drop_first(
-    pixels: np.ndarray, boxes_xyxy: np.ndarray, seed: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return pixels[:10] + np.uint8(seed or 0), boxes_xyxy[1:] + 1, np.arange(1, len(boxes_xyxy))
+    pixels: np.ndarray, boxes_xyxy: np.ndarray, masks: np.ndarray | None, seed: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+    assert masks is None
+    return pixels[:10] + np.uint8(seed or 0), boxes_xyxy[1:] + 1, None, np.arange(1, len(boxes_xyxy))
 
 
 def test_labels_area_and_crowd_follow_the_kept_boxes(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
-"""What the data sets share: pictures of every mode, and what is said of missing paths."""
+"""What the data sets share: pictures of every mode, what was skipped, and what is said of missing paths."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from resnest_det.data.files import UnreadableImageError, describe_near, pack_names, read_rgb, unpack_name
+from resnest_det.data.files import ImageFiles, UnreadableImageError, describe_near, pack_names, read_rgb, unpack_name
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "CMYK", "1", "I;16", "I"])
@@ -52,6 +56,30 @@ def test_names_come_back(tmp_path: Path) -> None:
     characters, offsets = pack_names(names)
     spans = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
     assert [unpack_name(characters[first:last]) for first, last in spans] == names
+
+
+class Unreadable(ImageFiles[int]):
+    def _load(self, index: int, seed: int | None) -> int:
+        raise UnreadableImageError(f"cannot read {self.file_name(index)}")
+
+
+def pickled(data: Unreadable, file: Path) -> Unreadable:
+    return pickle.loads(pickle.dumps(data))
+
+
+def mapped(data: Unreadable, file: Path) -> Unreadable:
+    torch.save(data, file)
+    return torch.load(file, mmap=True, weights_only=False)
+
+
+@pytest.mark.parametrize("copy", [pickled, mapped])
+def test_a_copy_has_skipped_flags_of_its_own_shared_with_its_workers(copy: Any, tmp_path: Path) -> None:
+    data = Unreadable(tmp_path, ["a.png", "b.png"], on_unreadable="skip")
+    other = copy(data, tmp_path / "data.pt")
+    worker = multiprocessing.get_context("fork").Process(target=other.load, args=(1,))
+    worker.start()
+    worker.join()
+    assert (data.skipped, other.skipped) == ([], ["b.png"])
 
 
 def test_near_a_missing_path(tmp_path: Path) -> None:

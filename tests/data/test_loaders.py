@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
-from collections.abc import Callable
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,7 @@ import torch
 from PIL import Image
 
 from resnest_det.data import CocoDetection, DetectionAugmentation, error_message, eval_loader, train_loader
-from resnest_det.data.loaders import EvaluationSampler, GroupedBatchSampler, collate
+from resnest_det.data.loaders import Draw, EvaluationBatchSampler, GroupedBatchSampler, collate, repeat_factors
 
 RATIOS = torch.tensor([1.5] * 23 + [0.6] * 10 + [1.0] * 4)
 
@@ -89,6 +96,153 @@ def test_seed_of_a_draw_depends_on_seed_epoch_and_image_only() -> None:
         assert not set(other.values()) & set(all_of_them.values())
 
 
+def test_order_and_seeds_are_those_of_runs_done_before() -> None:
+    sampler = GroupedBatchSampler([1.5, 0.5, 1.5, 1.5, 0.5, 1.0], 2, seed=3)
+    sampler.set_epoch(1)
+    assert list(sampler) == [
+        [Draw(2, 11679836372483601169), Draw(0, 11425928242767342472)],
+        [Draw(5, 1636926441038586439), Draw(3, 12721837920280094598)],
+        [Draw(1, 14964165266733655597), Draw(4, 3597864690932655003)],
+    ]
+
+
+# --- an epoch that begins in its middle
+
+
+@pytest.mark.parametrize("factors", [None, torch.linspace(1, 3, 37)], ids=["once", "repeated"])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 2), (1, 2)])
+def test_an_epoch_begun_at_any_batch_ends_as_the_unbroken_one(
+    factors: torch.Tensor | None, rank: int, world_size: int
+) -> None:
+    sampler = GroupedBatchSampler(RATIOS, 4, seed=2, repeat_factors=factors, rank=rank, world_size=world_size)
+    sampler.set_epoch(5)
+    unbroken = list(sampler)
+    for first_batch in range(len(unbroken) + 1):
+        sampler.set_epoch(5, first_batch)
+        assert list(sampler) == unbroken[first_batch:]
+        assert len(sampler) == len(unbroken)
+    sampler.set_epoch(5)
+    assert list(sampler) == unbroken
+
+
+@pytest.mark.parametrize("first_batch", [-1, 10])
+def test_first_batch_lies_in_the_epoch(first_batch: int) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"first_batch={first_batch} is outside 0..9, the batches of")):
+        GroupedBatchSampler(RATIOS, 4, seed=0).set_epoch(0, first_batch)
+
+
+# --- repeat factors
+
+
+def drawn(factors: Sequence[float], epoch: int, **arguments: Any) -> list[Draw]:
+    sampler = GroupedBatchSampler(RATIOS[: len(factors)], repeat_factors=torch.tensor(factors), seed=0, **arguments)
+    sampler.set_epoch(epoch)
+    return [draw for batch in sampler for draw in batch]
+
+
+def test_repeats_are_the_factor_rounded_and_its_mean_over_epochs() -> None:
+    factors = [1.0, 1.25, 1.5, 2.0, 3.7, 1.0, 5.9, 1.1, 1.3, 2.25]  # they add up to 21
+    counts = np.array([np.bincount([d.index for d in drawn(factors, e, batch_size=1)]) for e in range(2000)])
+    assert (counts.sum(axis=1) == 21).all()
+    assert ((counts == np.floor(factors)) | (counts == np.ceil(factors))).all()
+    # A mean over 2000 epochs of a rounding up or down has a standard deviation of at most 0.5 / sqrt(2000) = 0.011.
+    np.testing.assert_allclose(counts.mean(axis=0), factors, atol=0.045)
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_every_epoch_and_rank_has_as_many_batches_with_repeats(group: bool) -> None:
+    factors = torch.linspace(1, 2.6, 37)  # 66.6 draws an epoch
+    for world_size in (1, 2, 3):
+        for epoch in range(20):
+            lengths = []
+            for rank in range(world_size):
+                sampler = GroupedBatchSampler(
+                    RATIOS, 4, seed=1, group=group, repeat_factors=factors, rank=rank, world_size=world_size
+                )
+                mine = indices(sampler, epoch)
+                assert all(len(batch) == 4 for batch in mine)
+                lengths += [len(mine), len(sampler)]
+            assert set(lengths) == {66 // 4 // world_size}
+
+
+def test_copies_of_an_image_are_augmented_differently_and_the_same_on_any_number_of_ranks() -> None:
+    factors = [3.5, 1.0, 2.0, 1.0, 8.5]
+    alone = drawn(factors, 4, batch_size=1)
+    assert max(Counter(draw.index for draw in alone).values()) >= 8
+    assert len({draw.seed for draw in alone}) == len(alone) == 16
+    shared = [d for rank in range(2) for d in drawn(factors, 4, batch_size=2, rank=rank, world_size=2)]
+    assert set(shared) == set(alone)
+
+
+def test_copies_of_an_image_meet_in_a_batch_by_chance_only() -> None:
+    draws = [drawn([4.0] + [1.0] * 6, epoch, batch_size=2) for epoch in range(300)]
+    meetings = [
+        first.index == second.index for epoch in draws for first, second in zip(epoch[::2], epoch[1::2], strict=True)
+    ]
+    assert len(meetings) == 300 * 5
+    assert np.mean(meetings) == pytest.approx(4 / 10 * 3 / 9, abs=0.05)  # five standard deviations
+
+
+def test_factors_of_one_draw_every_image_once() -> None:
+    assert sorted(draw.index for draw in drawn([1.0] * 37, 0, batch_size=1)) == list(range(37))
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ([1.0] * 36, "repeat_factors has the shape (36,) for 37 images"),
+        ([1.0] * 36 + [0.5], "repeat_factors[36]=0.5 is outside 1..1000"),
+        ([1.0, float("nan")] + [1.0] * 35, "repeat_factors[1]=nan is outside 1..1000"),
+        ([1e9] + [1.0] * 36, "repeat_factors[0]=1000000000.0 is outside 1..1000"),
+    ],
+)
+def test_batch_sampler_refuses_factors(factors: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        GroupedBatchSampler(RATIOS, 4, seed=0, repeat_factors=torch.tensor(factors))
+
+
+def flat(labels: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets and labels, as `repeat_factors` takes them."""
+    offsets = torch.tensor([0, *np.cumsum([len(of_image) for of_image in labels])])
+    return offsets, torch.tensor([label for of_image in labels for label in of_image])
+
+
+def test_repeat_factors_follow_the_rarest_class_of_an_image() -> None:
+    labels = [[1, 1, 1], [1, 2], [], [1], [1, 2, 7, 7], [1], [1], [1]]  # class 1 in 7 of 8 images, 2 in 2, 7 in 1
+    factors = repeat_factors(*flat(labels), threshold=0.5)
+    assert factors.dtype == torch.float64
+    expected = [1, np.sqrt(0.5 / (2 / 8)), 1, 1, np.sqrt(0.5 / (1 / 8)), 1, 1, 1]
+    np.testing.assert_allclose(factors, expected, rtol=1e-15)
+
+
+def test_repeat_factors_equal_the_papers_formula_written_plainly() -> None:
+    rng = np.random.default_rng(0)
+    labels = [rng.zipf(1.5, rng.integers(0, 6)).clip(max=40).tolist() for _ in range(200)]
+    expected = []
+    for of_image in labels:
+        fractions = [sum(c in other for other in labels) / len(labels) for c in of_image]
+        expected.append(max([1.0, *(max(1.0, (0.05 / fraction) ** 0.5) for fraction in fractions)]))
+    factors = repeat_factors(*flat(labels), threshold=0.05)
+    np.testing.assert_allclose(factors, expected, rtol=1e-15)
+    assert 1 < np.mean(expected) < 2
+
+
+def test_images_without_any_label_come_once() -> None:
+    assert repeat_factors(torch.zeros(4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 0.1).tolist() == [1] * 3
+
+
+@pytest.mark.parametrize("threshold", [0.0, -0.1, 1.5, float("nan")])
+def test_threshold_is_a_fraction(threshold: float) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"threshold={threshold} is not above 0 and at most 1")):
+        repeat_factors(torch.tensor([0, 1]), torch.tensor([1]), threshold)
+
+
+@pytest.mark.parametrize("offsets", [[0, 1], [1, 2], [0, 3, 2], [0], []])
+def test_offsets_belong_to_the_labels(offsets: list[int]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"to {offsets[-1:]} do not divide 2 labels")):
+        repeat_factors(torch.tensor(offsets, dtype=torch.int64), torch.tensor([1, 2]), 0.1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -103,21 +257,34 @@ def test_batch_sampler_refuses(arguments: dict[str, Any], message: str) -> None:
         GroupedBatchSampler(RATIOS, **({"batch_size": 4, "seed": 0} | arguments))
 
 
-# --- EvaluationSampler
+# --- EvaluationBatchSampler
 
 
-@pytest.mark.parametrize(("num_images", "world_size"), [(10, 1), (10, 3), (2, 3), (0, 2)])
-def test_every_image_exactly_once_over_all_ranks(num_images: int, world_size: int) -> None:
-    samplers = [EvaluationSampler(num_images, rank=r, world_size=world_size) for r in range(world_size)]
-    assert sorted(index for sampler in samplers for index in sampler) == list(range(num_images))
-    assert [len(sampler) for sampler in samplers] == [len(list(sampler)) for sampler in samplers]
-    lengths = [len(sampler) for sampler in samplers]
-    assert max(lengths) - min(lengths) <= 1
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("num_images", "batch_size"), [(10, 4), (10, 1), (2, 3), (12, 4), (0, 2)])
+def test_evaluation_batches_are_the_same_on_any_number_of_ranks(
+    num_images: int, batch_size: int, world_size: int
+) -> None:
+    everything = list(range(num_images))
+    expected = [everything[start : start + batch_size] for start in range(0, num_images, batch_size)]
+    samplers = [
+        EvaluationBatchSampler(num_images, batch_size, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    for rank, sampler in enumerate(samplers):
+        assert list(sampler) == expected[rank::world_size]
+        assert len(sampler) == len(expected[rank::world_size])
 
 
-def test_evaluation_sampler_refuses_a_rank_outside() -> None:
-    with pytest.raises(ValueError, match=re.escape("rank=-1 is outside 0..1")):
-        EvaluationSampler(5, rank=-1, world_size=2)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 1, "rank": -1, "world_size": 2}, "rank=-1 is outside 0..1"),
+        ({"batch_size": 0}, "batch_size=0 is below 1"),
+    ],
+)
+def test_evaluation_sampler_refuses(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EvaluationBatchSampler(5, **arguments)
 
 
 # --- collate
@@ -188,6 +355,25 @@ def test_any_number_of_workers_yields_the_same_batches(files: tuple[Path, Path])
     assert not same(alone[0], alone[1])
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_goes_on_in_the_middle_of_an_epoch(files: tuple[Path, Path], num_workers: int) -> None:
+    loader = train_loader(augmented(files), batch_size=2, num_workers=num_workers, seed=5)
+    loader.batch_sampler.set_epoch(1)
+    unbroken = list(loader)
+    loader.batch_sampler.set_epoch(0)
+    next(iter(loader))  # left with batches on their way from the workers, which persist
+    loader.batch_sampler.set_epoch(1, first_batch=3)
+    assert same(list(loader), unbroken[3:])
+    assert len(loader) == len(unbroken) == 5
+
+
+def test_train_loader_repeats_images(files: tuple[Path, Path]) -> None:
+    factors = torch.tensor([1.0] * 9 + [6.0])
+    loader = train_loader(augmented(files), batch_size=5, num_workers=0, seed=0, repeat_factors=factors)
+    names = Counter(name for batch in loader for name in batch[2])
+    assert names == Counter([f"{i:02d}.png" for i in range(10)] + ["09.png"] * 5)
+
+
 def test_train_loader_yields_lists_of_images_targets_and_names(files: tuple[Path, Path]) -> None:
     data = augmented(files)
     loader = train_loader(data, batch_size=4, num_workers=0, seed=0, group_by_aspect=False)
@@ -224,6 +410,33 @@ def test_skipped_images_of_workers_are_counted_and_left_out(files: tuple[Path, P
     batches = list(eval_loader(data, batch_size=2, num_workers=2))
     assert [len(names) for _, _, names in batches] == [2, 1, 1, 2, 1]
     assert data.skipped == ["03.png", "04.png", "08.png"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_next_readable_image_comes_in_the_place_of_a_skipped_one(files: tuple[Path, Path], num_workers: int) -> None:
+    for name in ("03.png", "04.png", "09.png"):
+        (files[0] / name).write_bytes(b"broken")
+    data = CocoDetection(*files, train=True, on_unreadable="skip")
+    loader = train_loader(data, batch_size=2, num_workers=num_workers, seed=0)
+    replaced = {3: 5, 4: 5, 9: 0}
+    names = [batch[2] for batch in loader]
+    assert names == [[f"{replaced.get(i, i):02d}.png" for i in batch] for batch in indices(loader.batch_sampler)]
+    assert data.skipped == ["03.png", "04.png", "09.png"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_training_without_a_readable_image_ends(files: tuple[Path, Path], num_workers: int) -> None:
+    for file in files[0].iterdir():
+        file.write_bytes(b"broken")
+    loader = train_loader(
+        CocoDetection(*files, train=True, on_unreadable="skip"), batch_size=2, num_workers=num_workers, seed=0
+    )
+    with pytest.raises(
+        ValueError, match=r"none of the 10 training images can be read, neither \d\d\.png nor any other"
+    ):
+        next(iter(loader))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -282,6 +495,41 @@ def test_loaders_take_any_data_set_that_loads() -> None:
     assert [names for _, _, names in batches] == [[f"{index}.jpg" for index in batch] for batch in indices(sampler)]
 
 
+class Nested:
+    """Targets of many kinds, among them tensors that share memory, hold nothing, or are small or large."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def load(self, index: int, seed: int | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
+        image = torch.arange(3 * 300 * 300).view(3, 300, 300).to(torch.uint8) + index
+        small = torch.arange(6, dtype=torch.float64).view(2, 3)
+        parts = (small[:, 1], [torch.zeros(0, 4), torch.tensor(True)], "text")
+        return image, {"parts": parts, "masks": image[:, ::2], "id": index, "flipped": small.T, "half": small.half()}
+
+    def file_name(self, index: int) -> str:
+        return f"{index}.jpg"
+
+
+def test_batches_of_workers_are_those_of_the_main_process() -> None:
+    (alone,), (sent,) = (eval_loader(Nested(), batch_size=3, num_workers=number) for number in (0, 1))
+    assert same(alone, sent)
+    assert all(image.is_contiguous() for image in sent[0])
+
+
+def test_a_batch_arrives_in_one_block_that_small_tensors_do_not_keep() -> None:
+    loader = eval_loader(Nested(), batch_size=3, num_workers=1)
+    images, targets, _ = next(iter(loader))
+    images[0].fill_(7)  # a batch is the receiver's own, one image apart from the other
+    assert (images[1] != 7).any()
+    blocks = {tensor.untyped_storage().data_ptr() for tensor in (*images, *(target["masks"] for target in targets))}
+    assert len(blocks) == 1
+    assert images[0].is_shared()
+    for target in targets:
+        assert target["flipped"].untyped_storage().nbytes() == 48
+        assert not target["flipped"].is_shared()
+
+
 def test_grouping_needs_aspect_ratios() -> None:
     with pytest.raises(ValueError, match="which Bare does not know; use group_by_aspect=False"):
         train_loader(Bare(), batch_size=2, num_workers=0, seed=0)
@@ -309,16 +557,6 @@ def test_coco_tiny_from_end_to_end(real_data: Callable[[str], Path]) -> None:
     assert len(set(seen)) == len(seen) == 40
 
 
-# --- skipped images
-
-
-def test_training_batches_keep_their_size_where_images_were_skipped() -> None:
-    samples = [(torch.zeros(3, 1, 1), {}, "a.jpg"), None, (torch.ones(3, 1, 1), {}, "c.jpg"), None]
-    assert collate(samples)[2] == ["a.jpg", "c.jpg"]
-    assert collate(samples, refill=True)[2] == ["a.jpg", "c.jpg", "a.jpg", "c.jpg"]
-    assert collate([None, None], refill=True) == ([], [], [])
-
-
 # --- errors of workers
 
 
@@ -339,3 +577,77 @@ def test_message_of_an_error_is_the_same_from_a_worker(num_workers: int) -> None
         next(iter(torch.utils.data.DataLoader(Broken(), num_workers=num_workers)))
     assert ("Traceback" in str(error.value)) == (num_workers > 0)
     assert error_message(error.value) == "cannot read a.jpg: 3 bytes\nand a second line"
+
+
+# --- signals and the end of workers
+
+
+class SlowWorkers:
+    """Its targets name the worker's process, and are so long that a worker waits for the main process to read."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def load(self, index: int, seed: int | None = None) -> tuple[torch.Tensor, tuple[int, str]]:
+        time.sleep(0.02)
+        return torch.tensor(index), (os.getpid(), "x" * 100_000)
+
+    def file_name(self, index: int) -> str:
+        return f"{index}.jpg"
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_go_on_when_everything_is_signalled(number: signal.Signals, context: str) -> None:
+    loader = eval_loader(SlowWorkers(), batch_size=1, num_workers=2)
+    loader.multiprocessing_context = context
+    batches = iter(loader)
+    pids = {target[0] for _ in range(2) for target in next(batches)[1]}
+    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, number)
+    assert {target[0] for batch in batches for target in batch[1]} == pids
+
+
+def run_and_end(end: str, pids: Connection) -> None:
+    """A main process with two workers in the middle of their work."""
+    loader = eval_loader(SlowWorkers(), batch_size=1, num_workers=2)
+    batches = iter(loader)
+    pids.send([next(batches)[1][0][0] for _ in range(2)])
+    globals()["kept"] = batches  # alive when the interpreter ends
+    if end == "error":
+        raise RuntimeError("wanted")
+    if end == "killed":
+        time.sleep(60)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("end", ["return", "error", "killed"])
+def test_workers_end_with_the_main_process(end: str) -> None:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    main_process = context.Process(target=run_and_end, args=(end, sender))
+    main_process.start()
+    pids = receiver.recv()
+    try:
+        assert len(set(pids)) == 2
+        if end == "killed":
+            time.sleep(0.5)  # the workers now wait for someone to read their batches
+            assert all(map(is_running, pids))
+            main_process.kill()
+        main_process.join(timeout=10)
+        assert main_process.exitcode == {"return": 0, "error": 1, "killed": -signal.SIGKILL}[end]
+        deadline = time.monotonic() + 10
+        while any(map(is_running, pids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(is_running, pids))
+    finally:
+        for pid in filter(is_running, [main_process.pid, *pids]):
+            os.kill(pid, signal.SIGKILL)
