@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from torch import nn
 
 from resnest_det.backbones import load_weights
@@ -27,17 +28,23 @@ from resnest_det.build import (
     class_colours,
 )
 from resnest_det.config import Command, SegmentationSettings
-from resnest_det.data import MaskFolder, eval_loader, train_loader
-from resnest_det.distributed import images_to_device, select_device
-from resnest_det.engine import check_class_names, fit, load_checkpoint
+from resnest_det.data import MaskFolder, eval_loader, once_per_machine, train_loader
+from resnest_det.distributed import describe_processes, images_to_device, rank, world_size
+from resnest_det.engine import autocast, check_class_names, fit, seed_random_numbers
 from resnest_det.evaluation import MeanIoU, SegmentationInference, evaluate
 from resnest_det.experiment import (
+    describe_model,
     find_checkpoint,
-    memory_format,
+    load_best,
+    open_journal,
+    place_model,
+    precise_statistics,
     report_skipped,
     run_folder,
     run_script,
+    save_picture,
     spread_samples,
+    write_curves,
     write_evaluation,
     write_results,
 )
@@ -59,13 +66,13 @@ def main(argv: Sequence[str]) -> int:
     )
 
 
-def train(command: Command[SegmentationSettings]) -> None:
+def train(command: Command[SegmentationSettings], device: torch.device) -> None:
     """Settings, data, model, fit, mIoU."""
     settings = command.settings
-    device = select_device(settings.run.device)
-    torch.manual_seed(settings.run.seed)
+    seed_random_numbers(settings.run.seed)
 
-    train_set, val_set = build_mask_set(settings.data, "train"), build_mask_set(settings.data, "val")
+    train_set = once_per_machine(partial(build_mask_set, settings.data, "train"))
+    val_set = once_per_machine(partial(build_mask_set, settings.data, "val"))
     print(f"settings: {command.config_path}\ntrain: {train_set.summary()}\nval: {val_set.summary()}")
     batches = train_loader(
         train_set,
@@ -75,21 +82,38 @@ def train(command: Command[SegmentationSettings]) -> None:
         group_by_aspect=False,  # the crops are square
     )
     model = build_segmenter(settings.model, train_set.num_classes, load_weights=not command.resume)
-    model.to(device).to(memory_format=memory_format(settings))
-    check_batch_size(model, min(settings.data.batch_size, len(train_set)))
-    optimizer, scheduler = build_optimizer(settings.optim, model, len(batches))
+    place_model(model, settings, device)
+    check_batch_size(model, min(settings.data.batch_size, len(train_set) // world_size()))
+    optimizer, scheduler = build_optimizer(
+        settings.optim, model, batches_per_epoch=len(batches), batch_size=settings.data.batch_size
+    )
     metric = MeanIoU(val_set.class_names)
     val_batches = eval_loader(val_set, batch_size=settings.data.eval_batch_size, num_workers=settings.data.num_workers)
     inference = build_inference(settings.eval)
-    measure = partial(evaluate, model, val_batches, metric, predict=inference, device=device)
+    measure = partial(evaluate, loader=val_batches, metric=metric, predict=inference, device=device)
+    picture = partial(draw, inference=inference, dataset=val_set, num_pictures=settings.run.num_pictures, device=device)
 
-    with run_folder(command, train_set.class_names) as folder:
+    with (
+        run_folder(command, train_set.class_names) as (folder, checkpoint),
+        open_journal(command, folder) as journal,
+    ):
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
             f"{settings.model.segmenter} on {settings.model.backbone}, {num_parameters / 1e6:.1f} M parameters, "
-            f"{settings.optim.epochs} epochs of {len(batches)} steps on {device}; run folder {folder}",
+            f"{settings.optim.epochs} epochs of {len(batches)} batches on {describe_processes(device)}\n"
+            f"{describe_model(model, settings)}\nrun folder {folder}",
             flush=True,
         )
+        if rank() > 0:
+            seed_random_numbers(settings.run.seed + rank())  # the weights are alike, what is drawn in training is not
+
+        def measure_in_training(trained: nn.Module) -> dict[str, float]:
+            precise_statistics(trained, batches, settings, device)
+            results = measure(trained)
+            if journal.wants_pictures and (sheet := picture(trained)) is not None:
+                journal.picture("predictions", sheet)
+            return results
+
         results = fit(
             model,
             batches,
@@ -98,67 +122,69 @@ def train(command: Command[SegmentationSettings]) -> None:
             epochs=settings.optim.epochs,
             device=device,
             run_folder=folder,
-            evaluate=measure,
+            journal=journal,
+            evaluate=measure_in_training,
             best_metric="mIoU",
             evaluate_every=settings.eval.every,
+            precision=settings.run.precision,
+            accumulate=settings.optim.accumulate,
             clip_norm=settings.optim.clip_norm,
-            resume=command.resume is not None,
+            ema_decay=settings.optim.ema_decay,
+            checkpoint_steps=settings.run.checkpoint_steps,
+            checkpoint_minutes=settings.run.checkpoint_minutes,
+            keep_last=settings.run.keep_last,
+            resume_from=checkpoint,
             extra={"class_names": train_set.class_names},
         )
 
-    best = load_checkpoint(folder / "best.pt")
-    if command.resume or best["epoch"] < settings.optim.epochs:
-        model.load_state_dict(best["model"])
-        results = measure()
-    print(f"best checkpoint, after epoch {best['epoch']}:\n{metric.table()}")
-    write_results(folder / "results.json", settings.eval, results, metric.per_class())
-    report_skipped(train_set, val_set)
-    draw(model, inference, val_set, folder / "predictions.png", settings, device)
+        epoch = load_best(model, folder)
+        if command.resume or epoch < settings.optim.epochs:
+            with autocast(settings.run.precision, device):
+                results = measure(model)
+        print(f"best checkpoint, after epoch {epoch}:\n{metric.table()}")
+        report_skipped(train_set, val_set)
+        if rank() == 0:
+            write_results(folder / "results.json", settings.eval, results, metric.per_class())
+            write_curves(folder)
+            save_picture(picture(model), folder / "predictions.png")
 
 
-def evaluate_only(command: Command[SegmentationSettings], checkpoint: Path) -> None:
+def evaluate_only(command: Command[SegmentationSettings], checkpoint: Path, device: torch.device) -> None:
     """The metric and the pictures of a checkpoint: ours, or any state dict of the same model."""
     settings = command.settings
-    device = select_device(settings.run.device)
     val_set = build_mask_set(settings.data, "val")
     model = build_segmenter(settings.model, val_set.num_classes, load_weights=False)
     file = find_checkpoint(checkpoint)
     check_class_names(file, val_set.class_names)
     load_weights(model, file)
-    model.to(device).to(memory_format=memory_format(settings))
+    place_model(model, settings, device)
     print(f"{file}\nval: {val_set.summary()}", flush=True)
     metric = MeanIoU(val_set.class_names)
     val_batches = eval_loader(val_set, batch_size=settings.data.eval_batch_size, num_workers=settings.data.num_workers)
     inference = build_inference(settings.eval)
-    results = evaluate(model, val_batches, metric, predict=inference, device=device)
+    with autocast(settings.run.precision, device):
+        results = evaluate(model, val_batches, metric, predict=inference, device=device)
     print(metric.table())
     report_skipped(val_set)
-    set_name = "-".join(val_set.folder.parts[-2:])
-    picture = write_evaluation(settings, file, set_name, results, metric.per_class())
-    draw(model, inference, val_set, picture, settings, device)
+    if rank() == 0:
+        picture = write_evaluation(settings, file, "-".join(val_set.folder.parts[-2:]), results, metric.per_class())
+        save_picture(draw(model, inference, val_set, settings.run.num_pictures, device), picture)
 
 
 def draw(
-    model: nn.Module,
-    inference: SegmentationInference,
-    dataset: MaskFolder,
-    path: Path,
-    settings: SegmentationSettings,
-    device: torch.device,
-) -> None:
-    """Ground truth beside prediction for images spread over the data set, as one picture."""
-    samples = spread_samples(dataset, settings.run.num_pictures)
+    model: nn.Module, inference: SegmentationInference, dataset: MaskFolder, num_pictures: int, device: torch.device
+) -> NDArray[np.uint8] | None:
+    """Ground truth beside prediction for images spread over the data set, as one picture; None where there are none."""
+    samples = spread_samples(dataset, num_pictures)
     if not samples:
-        return
+        return None
     model.eval()
     with torch.inference_mode():
         predictions = [inference(model, images_to_device([image], device))[0] for image, _ in samples.values()]
     images, masks = zip(*samples.values(), strict=True)
-    sheet = compare_segmentations(
+    return compare_segmentations(
         images, masks, predictions, dataset.class_names, colours=class_colours(dataset), names=list(samples)
     )
-    Image.fromarray(sheet).save(path)
-    print(f"pictures: {path}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -24,13 +25,17 @@ from resnest_det.data import (
     ADE20K_CLASS_NAMES,
     ADE20K_PALETTE,
     CocoDetection,
+    CopyPaste,
     DetectionAugmentation,
     MaskFolder,
+    Mosaic,
     SegmentationAugmentation,
     read_class_list,
+    repeat_factors,
 )
 from resnest_det.data.sample import SAMPLE_VERSION, default_cache_folder, ensure_sample_dataset
-from resnest_det.engine import create_optimizer, create_schedule
+from resnest_det.distributed import world_size
+from resnest_det.engine import create_optimizer, create_schedule, scaled_learning_rate
 from resnest_det.evaluation import SegmentationInference
 from resnest_det.layers import NormName, SelectiveKernelConv2d, SplitAttentionConv2d
 from resnest_det.models import deeplabv3plus, faster_rcnn
@@ -57,15 +62,27 @@ def build_coco_set(settings: CocoDataSettings, split: Split) -> CocoDetection:
         annotations,
         train=True,
         transform=DetectionAugmentation(
-            settings.short_sides,
+            settings.short_sides if not settings.scale_jitter else (),
             settings.max_side,
             horizontal_flip=settings.hflip,
             vertical_flip=settings.vflip,
             color_jitter=settings.color_jitter,
+            scale_jitter=settings.scale_jitter or None,  # type: ignore[arg-type]  # two numbers, as the settings check
+            crop_size=settings.crop_size if settings.scale_jitter else 0,
         ),
         keep_empty=settings.keep_empty,
         on_unreadable=settings.on_unreadable,
+        masks=settings.copy_paste > 0,
+        mosaic=Mosaic(settings.mosaic, side=settings.mosaic_side) if settings.mosaic else None,
+        copy_paste=CopyPaste(settings.copy_paste) if settings.copy_paste else None,
     )
+
+
+def build_repeat_factors(settings: CocoDataSettings, dataset: CocoDetection) -> Tensor | None:
+    """How often each training image comes, where data.repeat_threshold asks for it."""
+    if not settings.repeat_threshold:
+        return None
+    return repeat_factors(*dataset.label_lists(), settings.repeat_threshold)
 
 
 def build_mask_set(settings: MaskDataSettings, split: Split) -> MaskFolder:
@@ -210,25 +227,42 @@ def check_batch_size(model: nn.Module, num_images: int) -> None:
         )
 
 
-def build_optimizer(settings: OptimSettings, model: nn.Module, steps_per_epoch: int) -> tuple[Optimizer, LRScheduler]:
+def build_optimizer(
+    settings: OptimSettings, model: nn.Module, *, batches_per_epoch: int, batch_size: int
+) -> tuple[Optimizer, LRScheduler]:
     """The optimiser of the model and its schedule over the run.
+
+    Args:
+        settings: the optimiser's.
+        model: what is trained.
+        batches_per_epoch: of each process.
+        batch_size: images of a batch on each process.
 
     Raises:
         ValueError: nothing is trainable, or the warm-up takes the whole run.
     """
+    lr = settings.lr
+    if settings.lr_rule != "none":
+        lr = scaled_learning_rate(
+            lr,
+            batch_size=batch_size * settings.accumulate * world_size(),
+            base_batch_size=settings.lr_batch_size,
+            rule=settings.lr_rule,
+        )
     optimizer = create_optimizer(
         model,
         settings.optimizer,
-        lr=settings.lr,
+        lr=lr,
         momentum=settings.momentum,
         nesterov=settings.nesterov,
         weight_decay=settings.weight_decay,
         norm_weight_decay=settings.norm_weight_decay,
         head_lr_factor=settings.head_lr_factor,
+        layer_decay=settings.layer_decay,
     )
     schedule = create_schedule(
         optimizer,
-        total_steps=settings.epochs * steps_per_epoch,
+        total_steps=settings.epochs * math.ceil(batches_per_epoch / settings.accumulate),
         schedule=settings.schedule,
         warmup_steps=settings.warmup_steps,
         warmup_factor=settings.warmup_factor,
@@ -236,6 +270,8 @@ def build_optimizer(settings: OptimSettings, model: nn.Module, steps_per_epoch: 
         gamma=settings.gamma,
         power=settings.poly_power,
         final_factor=settings.final_lr_factor,
+        rise=settings.one_cycle_rise,
+        initial_factor=settings.one_cycle_start,
     )
     return optimizer, schedule
 

@@ -24,8 +24,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 NormLiteral = Literal["none", "bn", "sync_bn", "gn"]
 
-# What may differ between a run and its resumption: where it runs and reads from, never what is learnt.
-KEYS_FREE_ON_RESUME = frozenset({"run.device", "data.num_workers", "data.root"})
+# What may differ between a run and its resumption: where it runs and reads from, and what it leaves behind; never what
+# is learnt.
+KEYS_FREE_ON_RESUME = frozenset(
+    {
+        "data.num_workers",
+        "data.root",
+        "run.checkpoint_minutes",
+        "run.checkpoint_steps",
+        "run.device",
+        "run.keep_last",
+        "run.logger",
+        "run.num_pictures",
+        "run.tensorboard",
+    }
+)
 
 
 class SettingsError(ValueError):
@@ -50,7 +63,25 @@ class RunSettings(Section):
     channels_last: bool = Field(
         False, description="Keep features with the channels last in memory: the faster layout on most machines."
     )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Numbers computed in: float32, or 16 bits where they suffice; fp16 scales its gradients."
+    )
+    compile: bool = Field(
+        False, description="Compile the backbone with torch.compile: a slow first step, then faster ones."
+    )
+    deterministic: bool = Field(
+        False, description="Use deterministic algorithms on GPUs too, and warn of operations that have none."
+    )
+    checkpoint_steps: int = Field(0, ge=0, description="Optimiser steps between checkpoints in an epoch; 0 for none.")
+    checkpoint_minutes: float = Field(15.0, ge=0, description="Minutes between checkpoints in an epoch; 0 for none.")
+    keep_last: int = Field(2, ge=1, description="Checkpoints kept besides the best: last.pt, last-1.pt, and so on.")
     num_pictures: int = Field(8, ge=0, description="Validation images drawn with their predictions at the end.")
+    tensorboard: bool = Field(False, description="Write TensorBoard's files too, into the run folder.")
+    logger: str = Field(
+        "",
+        description='Function "package.module:name" that makes a hook for another tracker, see docs/journal.md; "" for '
+        "none.",
+    )
 
 
 class SampleSettings(Section):
@@ -135,12 +166,42 @@ class CocoDataSettings(Section):
     color_jitter: float = Field(
         0.0, ge=0, le=1, description="Strength of the brightness, contrast and saturation jitter; 0 is none."
     )
+    scale_jitter: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (),
+        max_length=2,
+        strict=False,
+        description="Large-scale jitter in the place of data.short_sides: smallest and largest factor on "
+        "data.crop_size, such as [0.1, 2.0]; none given is none.",
+    )
+    crop_size: int = Field(
+        1024, ge=32, description="Side in pixels of the square that large-scale jitter scales to and cuts out."
+    )
+    mosaic: float = Field(0.0, ge=0, le=1, description="Probability that an image is put together from four.")
+    mosaic_side: int = Field(
+        0, ge=0, description="Side in pixels of such an image, before it is resized; 0 is the first one's long side."
+    )
+    copy_paste: float = Field(
+        0.0, ge=0, le=1, description="Probability that objects of another image are pasted in; needs masks in the file."
+    )
+    repeat_threshold: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Images of classes that fewer than this fraction of the images have come more often; 0 for none.",
+    )
     group_by_aspect: bool = Field(True, description="Batch landscape with landscape and portrait with portrait.")
 
     @field_validator("root")
     @classmethod
     def _root_or_sample(cls, root: str, info: ValidationInfo) -> str:
         return _check_root(root, info)
+
+    @field_validator("scale_jitter")
+    @classmethod
+    def _scale_jitter_rises(cls, scale: tuple[float, ...]) -> tuple[float, ...]:
+        if scale and (len(scale) != 2 or scale[0] > scale[1]):
+            raise ValueError("must be two factors, the smaller one first, or none")
+        return scale
 
     @field_validator("max_side")
     @classmethod
@@ -370,6 +431,15 @@ class OptimSettings(Section):
 
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="Optimiser.")
     lr: float = Field(0.02, gt=0, description="Learning rate after the warm-up.")
+    lr_rule: Literal["none", "linear", "sqrt"] = Field(
+        "none",
+        description="How optim.lr, meant for optim.lr_batch_size images a step, is scaled to the images of a step over "
+        "all processes: not at all, in proportion, or by the root.",
+    )
+    lr_batch_size: int = Field(16, ge=1, description="Images a step that optim.lr is meant for, with optim.lr_rule.")
+    accumulate: int = Field(
+        1, ge=1, description="Batches whose gradients are averaged for one optimiser step, on each process."
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
     nesterov: bool = Field(False, description="Nesterov's momentum in sgd; needs optim.momentum > 0.")
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay of all weights but norm layers and biases.")
@@ -378,10 +448,22 @@ class OptimSettings(Section):
     head_lr_factor: float = Field(
         1.0, gt=0, description="Factor on the learning rate of everything but the backbone, which starts at random."
     )
-    schedule: Literal["multistep", "poly", "cosine", "constant"] = Field(
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Factor on the learning rate from each of the backbone's blocks to the one before it.",
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay of the weights' moving average, such as 0.999; it is then what is evaluated. 0 for none.",
+    )
+    schedule: Literal["multistep", "poly", "cosine", "one_cycle", "constant"] = Field(
         "multistep",
         description="Learning rate after the warm-up: falls in steps, as a power of what remains of the run, as a "
-        "cosine, or stays.",
+        "cosine, rises and falls, or stays.",
     )
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.667, 0.917),
@@ -390,12 +472,21 @@ class OptimSettings(Section):
     )
     gamma: float = Field(0.1, gt=0, le=1, description="Factor on the learning rate at each of optim.milestones.")
     poly_power: float = Field(0.9, gt=0, description="Exponent of poly; 1 is a straight line.")
+    one_cycle_rise: float = Field(
+        0.3, gt=0, lt=1, description="Fraction of the steps after the warm-up in which one_cycle rises."
+    )
+    one_cycle_start: float = Field(
+        0.04, gt=0, le=1, description="Learning rate that one_cycle starts from, as a fraction of optim.lr."
+    )
     warmup_steps: int = Field(1000, ge=0, description="Steps over which the learning rate rises to optim.lr.")
     warmup_factor: float = Field(
         0.001, gt=0, le=1, description="First step's learning rate, as a fraction of optim.lr."
     )
     final_lr_factor: float = Field(
-        0.0, ge=0, le=1, description="Learning rate at the end of poly and cosine, as a fraction of optim.lr."
+        0.0,
+        ge=0,
+        le=1,
+        description="Learning rate at the end of poly, cosine and one_cycle, as a fraction of optim.lr.",
     )
     epochs: int = Field(12, ge=1, description="Passes over the training images.")
 
@@ -421,10 +512,10 @@ class SegmentationOptimSettings(OptimSettings):
     head_lr_factor: float = Field(
         10.0, gt=0, description="Factor on the learning rate of everything but the backbone, which starts at random."
     )
-    schedule: Literal["multistep", "poly", "cosine", "constant"] = Field(
+    schedule: Literal["multistep", "poly", "cosine", "one_cycle", "constant"] = Field(
         "poly",
         description="Learning rate after the warm-up: falls in steps, as a power of what remains of the run, as a "
-        "cosine, or stays.",
+        "cosine, rises and falls, or stays.",
     )
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises to optim.lr.")
     epochs: int = Field(120, ge=1, description="Passes over the training images.")
@@ -434,6 +525,12 @@ class EvalSettings(Section):
     """When the model is evaluated during training."""
 
     every: int = Field(1, ge=1, description="Epochs between evaluations; the last epoch is always evaluated.")
+    precise_bn: int = Field(
+        0,
+        ge=0,
+        description="Training batches, on each process, over which BatchNorm's statistics are computed anew before an "
+        "evaluation; 0 keeps the running ones.",
+    )
 
 
 class SegmentationEvalSettings(EvalSettings):
@@ -519,12 +616,14 @@ class Command(Generic[S]):
         config_path: the file they were read from.
         resume: the run folder to resume, or None.
         eval_only: the checkpoint or run folder to evaluate without training, or None.
+        profile: whether a trace of some steps is written.
     """
 
     settings: S
     config_path: Path
     resume: Path | None
     eval_only: Path | None
+    profile: bool = False
 
 
 def load_settings(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
@@ -584,7 +683,8 @@ def parse_command_line(
 
     The arguments are, in any order, at most one config file (ending in .toml), any number of `key=value` overrides, and
     the flags `--print-config` (prints the resolved settings as TOML and exits), `--resume RUN_FOLDER`,
-    `--eval-only CHECKPOINT_OR_RUN_FOLDER` and `-h`.
+    `--eval-only CHECKPOINT_OR_RUN_FOLDER`, `--deterministic` (short for `run.deterministic=true`), `--profile` and
+    `-h`.
 
     `--resume` reads the run folder's config.toml. A config file or overrides beside it must lead to the same settings,
     save for `KEYS_FREE_ON_RESUME`, whose given values hold; `run.dir` is the resumed folder. `--eval-only` without a
@@ -619,12 +719,18 @@ def parse_command_line(
     parser.add_argument(
         "--eval-only", type=Path, metavar="CHECKPOINT_OR_RUN_FOLDER", help="evaluate it, without training"
     )
+    parser.add_argument("--deterministic", action="store_true", help="the same as run.deterministic=true")
+    parser.add_argument("--profile", action="store_true", help="write a trace of some steps into the run folder")
     # Plain parse_args refuses positional arguments that stand on both sides of a flag.
     parsed = parser.parse_intermixed_args(argv)
     resume: Path | None = parsed.resume
     eval_only: Path | None = parsed.eval_only
     configs = [Path(argument) for argument in parsed.arguments if _names_config_file(argument)]
     overrides = [argument for argument in parsed.arguments if not _names_config_file(argument)]
+    if parsed.deterministic:
+        overrides.append("run.deterministic=true")
+    if parsed.profile and eval_only:
+        parser.error("--profile traces training, and --eval-only does not train: leave one of them out")
     if resume and eval_only:
         parser.error(
             "--resume and --eval-only are both given; --resume continues training, --eval-only does not train: "
@@ -657,7 +763,7 @@ def parse_command_line(
     if parsed.print_config:
         sys.stdout.write(_to_toml(settings))
         parser.exit()
-    return Command(settings, config_path, resume, eval_only)
+    return Command(settings, config_path, resume, eval_only, parsed.profile)
 
 
 def write_settings(settings: ExperimentSettings, path: str | Path) -> None:
@@ -706,6 +812,9 @@ def ineffective_settings(settings: ExperimentSettings) -> list[str]:
         causes += [
             (settings.data.sample is not None, "data.sample", ["data.root", *splits]),
             (settings.model.box_head == "2fc", "model.box_head=2fc", ["model.box_head_norm"]),
+            (settings.data.mosaic == 0, "data.mosaic=0", ["data.mosaic_side"]),
+            (not settings.data.scale_jitter, "data.scale_jitter=[]", ["data.crop_size"]),
+            (bool(settings.data.scale_jitter), "data.scale_jitter", ["data.short_sides", "data.max_side"]),
         ]
     if isinstance(settings, SegmentationSettings):
         data, model, evaluation = settings.data, settings.model, settings.eval
@@ -739,7 +848,9 @@ def _ineffective_in_optim(optim: OptimSettings) -> list[tuple[bool, str, Iterabl
         (optim.optimizer == "adamw", "optim.optimizer=adamw", ["optim.momentum", "optim.nesterov"]),
         (optim.schedule != "multistep", schedule, ["optim.milestones", "optim.gamma"]),
         (optim.schedule != "poly", schedule, ["optim.poly_power"]),
-        (optim.schedule not in ("poly", "cosine"), schedule, ["optim.final_lr_factor"]),
+        (optim.schedule not in ("poly", "cosine", "one_cycle"), schedule, ["optim.final_lr_factor"]),
+        (optim.schedule != "one_cycle", schedule, ["optim.one_cycle_rise", "optim.one_cycle_start"]),
+        (optim.lr_rule == "none", "optim.lr_rule=none", ["optim.lr_batch_size"]),
         (optim.warmup_steps == 0, "optim.warmup_steps=0", ["optim.warmup_factor"]),
     ]
 

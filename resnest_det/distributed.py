@@ -1,18 +1,56 @@
 """The processes and devices of a run: which device, which rank, and what goes from one to the other.
 
-Everything here also works in a plain single process, where the rank is 0 and gathering returns one item.
+Everything here also works in a plain single process, where the rank is 0 and gathering returns one item. Several
+processes are started by torchrun, whose environment variables say which of them this is.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+
+
+@contextmanager
+def distributed_session(device_name: str = "auto") -> Iterator[torch.device]:
+    """The run's processes, joined for the length of the block, and the device of this one.
+
+    Outside of torchrun there is one process and nothing to join. Within, each process of a machine takes the GPU of its
+    local rank, and only the first process prints: the standard output and the warnings of the others are dropped,
+    their errors are not. Tensors on GPUs travel by NCCL, others by Gloo.
+
+    Args:
+        device_name: as select_device takes it; of several processes with GPUs, without a number.
+
+    Raises:
+        ValueError: no such device, a numbered GPU for several processes, or more processes than GPUs.
+    """
+    if _environment("WORLD_SIZE", 1) == 1:
+        yield select_device(device_name)
+        return
+    device = _device_of_local_rank(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        if rank() == 0:
+            yield device
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():  # noqa: PTH123
+                warnings.simplefilter("ignore")
+                yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -23,6 +61,21 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes of the run, 1 in a single-process run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's number among the run's processes on this machine, as torchrun counts them."""
+    return _environment("LOCAL_RANK", 0) if world_size() > 1 else 0
+
+
+def local_world_size() -> int:
+    """The number of the run's processes on this machine, as torchrun counts them."""
+    return _environment("LOCAL_WORLD_SIZE", world_size()) if world_size() > 1 else 1
+
+
+def describe_processes(device: torch.device) -> str:
+    """The device, and how many processes have one each, such as "4 processes, the first on cuda:0"."""
+    return str(device) if world_size() == 1 else f"{world_size()} processes, the first on {device}"
 
 
 def gather_objects(item: T) -> list[T]:
@@ -36,6 +89,75 @@ def gather_objects(item: T) -> list[T]:
     items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))  # a barrier of NCCL's would want a device
+
+
+def any_process(*flags: bool) -> tuple[bool, ...]:
+    """For each flag, whether it is true on at least one process; all of them get the same answer."""
+    if world_size() == 1:
+        return flags
+    counts = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(counts)
+    return tuple(bool(count) for count in counts)
+
+
+def mean_over_processes(values: Sequence[Tensor]) -> list[float]:
+    """Each value's mean over the processes, as numbers: one wait for the device and one message in all.
+
+    Args:
+        values: tensors of one element, of one device; every process gives as many.
+    """
+    stacked = torch.stack([value.detach().float().reshape(()) for value in values])
+    if world_size() > 1:
+        dist.all_reduce(stacked)
+        stacked /= world_size()
+    return stacked.tolist()
+
+
+def mean_tensor_over_processes(value: Tensor) -> Tensor:
+    """The mean of the processes' tensors, on every process and without a gradient; all give one of the same shape."""
+    if world_size() == 1:
+        return value
+    mean = value.detach().clone()
+    dist.all_reduce(mean)
+    return mean / world_size()
+
+
+def data_parallel(model: nn.Module, device: torch.device, *, broadcast_buffers: bool) -> nn.Module:
+    """The model as each process trains it: its gradients are averaged over the processes while they are computed.
+
+    In a single process it is the model itself. Every trainable parameter must take part in each step's losses.
+
+    Args:
+        model: on `device`, the same on every process.
+        device: of this process.
+        broadcast_buffers: whether every step begins with the first process's buffers.
+    """
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=broadcast_buffers,
+        gradient_as_bucket_view=True,
+    )
+
+
+def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[None]:
+    """A block in which a model of data_parallel only adds up its own gradients, to be exchanged after it."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers, such as the running statistics of norms."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def select_device(name: str = "auto") -> torch.device:
@@ -60,6 +182,29 @@ def select_device(name: str = "auto") -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device 'mps' is not on this machine; use device=auto or device=cpu")
     return device
+
+
+def _device_of_local_rank(name: str) -> torch.device:
+    """The device of one of several processes of a machine."""
+    device = select_device(name)
+    if device.type != "cuda":
+        return device
+    processes, number = _environment("LOCAL_WORLD_SIZE", 1), _environment("LOCAL_RANK", 0)
+    if ":" in name:
+        raise ValueError(
+            f"device {name!r} is one GPU, and there are {processes} processes on this machine: use device=cuda, and "
+            f"choose among the GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    if processes > torch.cuda.device_count():
+        raise ValueError(
+            f"there are {processes} processes on this machine and {torch.cuda.device_count()} CUDA GPUs: start "
+            f"torchrun with --nproc-per-node={torch.cuda.device_count()}, or use device=cpu"
+        )
+    return torch.device("cuda", number)
+
+
+def _environment(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
 
 
 def to_device(value: Any, device: torch.device) -> Any:

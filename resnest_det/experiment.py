@@ -10,10 +10,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
 
 from resnest_det.config import (
     Command,
@@ -28,7 +34,28 @@ from resnest_det.config import (
 )
 from resnest_det.data import error_message
 from resnest_det.data.files import ImageFiles
-from resnest_det.engine import check_class_names, new_run_folder
+from resnest_det.distributed import (
+    distributed_session,
+    gather_objects,
+    images_to_device,
+    rank,
+    to_device,
+)
+from resnest_det.engine import (
+    Interrupted,
+    Journal,
+    check_class_names,
+    describe_trainable,
+    load_checkpoint,
+    load_last,
+    new_run_folder,
+    read_metrics,
+    recompute_batch_norms,
+)
+from resnest_det.engine.journal import Hook, load_hook
+from resnest_det.engine.tensorboard import TensorBoard
+from resnest_det.layers import describe_norms, norm_warnings
+from resnest_det.visualize import draw_curves
 
 S = TypeVar("S", bound=ExperimentSettings)
 T = TypeVar("T")
@@ -41,10 +68,10 @@ def run_script(
     prog: str,
     description: str,
     default_config: Path,
-    train: Callable[[Command[S]], None],
-    evaluate_only: Callable[[Command[S], Path], None],
+    train: Callable[[Command[S], torch.device], None],
+    evaluate_only: Callable[[Command[S], Path, torch.device], None],
 ) -> int:
-    """A training script from its command line to its exit status.
+    """A training script from its command line to its exit status, as one process or as one of torchrun's.
 
     Args:
         cls: the script's settings.
@@ -52,53 +79,161 @@ def run_script(
         prog: the script's name.
         description: what the script does, for `-h`.
         default_config: the configuration used where none is named.
-        train: what the script does; it is given the command.
-        evaluate_only: what it does with --eval-only; it is given the command, and the checkpoint or run folder.
+        train: what the script does; it is given the command and this process's device.
+        evaluate_only: what it does with --eval-only; it is given the checkpoint or run folder besides.
 
     Returns:
-        0, or 2 after a mistake of the user's, which is printed without a traceback.
+        0, also where a signal stopped the run, which is saved then; or 2 after a mistake of the user's or an error of
+        the machine, which is printed without a traceback.
     """
     try:
         command = parse_command_line(cls, argv, prog=prog, description=description, default_config=default_config)
-        for sentence in ineffective_settings(command.settings):
-            warnings.warn(sentence, stacklevel=2)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(f"training on several processes is not built yet: start {prog} without torchrun")
-        if command.eval_only:
-            evaluate_only(command, command.eval_only)
-        else:
-            train(command)
+        run = command.settings.run
+        with _plain_warnings(), _determinism(run.deterministic), distributed_session(run.device) as device:
+            for sentence in ineffective_settings(command.settings):
+                warnings.warn(sentence, stacklevel=2)
+            try:
+                if command.eval_only:
+                    evaluate_only(command, command.eval_only, device)
+                else:
+                    train(command, device)
+            except Interrupted as stop:
+                print(f"stopped by {stop}; all of it is saved. To go on: {prog} --resume {stop.run_folder}", flush=True)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error_message(error)}", file=sys.stderr)
+        process = os.environ.get("RANK", "0")
+        source = f"process {process}: " if process != "0" else ""
+        print(f"{source}error: {error_message(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 @contextmanager
-def run_folder(command: Command[S], class_names: dict[int, str]) -> Iterator[Path]:
-    """The folder of a run: a new one with the settings in it, or the one that is resumed.
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as sentences, without the line of code that they come from."""
+    former = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_where, **_more: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = former
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Torch's deterministic algorithms, where they are wanted, for the length of the block."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS's sums may differ
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def run_folder(command: Command[S], class_names: dict[int, str]) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    """The folder of a run, and the checkpoint to go on from: a new folder with the settings in it, or the resumed one.
 
     An error within the block leaves its traceback in the folder, in `error.txt`; a script prints the message alone.
+    Every process sees the same folder.
 
     Args:
         command: what was asked for.
         class_names: the training set's.
 
     Raises:
-        ValueError: the run to be resumed was trained on other classes; its folder is left as it was.
+        ValueError: the run to be resumed was trained on other classes, or its checkpoints are damaged; its folder is
+            left as it was.
     """
+    checkpoint = None
     if command.resume:
-        check_class_names(command.resume / "last.pt", class_names)
         folder = command.resume
+        checkpoint = load_last(folder)
+        check_class_names(folder / "last.pt", class_names, checkpoint)
     else:
-        folder = new_run_folder(Path(command.settings.run.dir))
-        write_settings(with_run_folder(command.settings, str(folder)), folder / "config.toml")
-    (folder / "error.txt").unlink(missing_ok=True)
+        folder = Path(command.settings.run.dir)
+        if rank() == 0:
+            folder = new_run_folder(folder)
+            write_settings(with_run_folder(command.settings, str(folder)), folder / "config.toml")
+        folder = gather_objects(folder)[0]
+    report = folder / ("error.txt" if rank() == 0 else f"error-{rank()}.txt")
+    report.unlink(missing_ok=True)
     try:
-        yield folder
-    except Exception:
-        (folder / "error.txt").write_text(traceback.format_exc())
+        yield folder, checkpoint
+    except Interrupted as stop:
+        stop.run_folder = folder
         raise
+    except Exception:
+        report.write_text(traceback.format_exc())
+        raise
+
+
+@contextmanager
+def open_journal(command: Command[S], folder: Path) -> Iterator[Journal]:
+    """The journal of a run, with the trackers that its settings name, closed at the end; the first process writes it.
+
+    Raises:
+        ValueError: run.logger names no function, or TensorBoard is asked for and not installed.
+    """
+    hooks: list[Hook] = []
+    if rank() == 0:
+        if command.settings.run.tensorboard:
+            hooks.append(TensorBoard(folder))
+        if command.settings.run.logger:
+            hooks.append(load_hook(command.settings.run.logger, folder))
+    journal = Journal(folder, active=rank() == 0, hooks=hooks, profile=command.profile)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def place_model(model: nn.Module, settings: ExperimentSettings, device: torch.device) -> nn.Module:
+    """The model on its device, its weights laid out and its backbone compiled as the settings say."""
+    model.to(device).to(memory_format=torch.channels_last if settings.run.channels_last else torch.contiguous_format)
+    if settings.run.compile:
+        assert isinstance(model.backbone, nn.Module)
+        model.backbone.compile()
+    return model
+
+
+def describe_model(model: nn.Module, settings: DetectionSettings | SegmentationSettings) -> str:
+    """What is trained and how it is normalised, for the start of a run; what may hurt is warned of."""
+    for sentence in norm_warnings(model, settings.data.batch_size):
+        warnings.warn(sentence, stacklevel=2)
+    return f"{describe_trainable(model)}\n{describe_norms(model)}"
+
+
+def precise_statistics(
+    model: nn.Module, loader: DataLoader[Any], settings: DetectionSettings | SegmentationSettings, device: torch.device
+) -> None:
+    """Compute BatchNorm's statistics anew over training batches, where eval.precise_bn asks for it."""
+    if settings.eval.precise_bn:
+        loader.batch_sampler.set_epoch(settings.optim.epochs)  # type: ignore[union-attr]  # one that is not trained on
+        recompute_batch_norms(
+            model,
+            islice(loader, settings.eval.precise_bn),
+            lambda batch: model(images_to_device(batch[0], device), to_device(batch[1], device)),
+        )
+
+
+def load_best(model: nn.Module, folder: Path) -> int:
+    """Give a model the weights of a run's best checkpoint, the averaged ones where it has them.
+
+    Returns:
+        The epochs after which they were measured.
+    """
+    best = load_checkpoint(folder / "best.pt")
+    model.load_state_dict(best["ema"]["model"] if "ema" in best else best["model"])
+    epochs: int = best["epoch"]
+    return epochs
+
+
+def write_curves(folder: Path) -> None:
+    """Draw a run's learning curves, as curves.png in its folder."""
+    Image.fromarray(draw_curves(read_metrics(folder / "metrics.jsonl"))).save(folder / "curves.png")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -162,11 +297,6 @@ def write_evaluation(
     return written.with_name(f"{written.stem.replace('results', 'predictions', 1)}.png")
 
 
-def memory_format(settings: ExperimentSettings) -> torch.memory_format:
-    """How a model's weights lie in memory; features follow them."""
-    return torch.channels_last if settings.run.channels_last else torch.contiguous_format
-
-
 def spread_samples(dataset: ImageFiles[T], num_samples: int) -> dict[str, T]:
     """Samples spread over a data set, by the names of their files; those that cannot be read are left out."""
     spread = range(0, len(dataset), max(len(dataset) // max(num_samples, 1), 1))[:num_samples]
@@ -174,9 +304,16 @@ def spread_samples(dataset: ImageFiles[T], num_samples: int) -> dict[str, T]:
     return {name: sample for name, sample in samples.items() if sample is not None}
 
 
+def save_picture(image: NDArray[np.uint8] | None, path: Path) -> None:
+    """Save a picture (H, W, 3), if there is one, and say where it is."""
+    if image is not None:
+        Image.fromarray(image).save(path)
+        print(f"pictures: {path}")
+
+
 def report_skipped(*datasets: ImageFiles[Any]) -> None:
-    """Say how many images could not be read, where skipping them was asked for: they are in no figure."""
+    """Say how many images could not be read and were skipped, by any process: they are in no figure."""
     for dataset in datasets:
-        if names := dataset.skipped:
+        if names := sorted(set(chain.from_iterable(gather_objects(dataset.skipped)))):
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             print(f"{len(names)} of {len(dataset)} images were unreadable and skipped: {shown}")

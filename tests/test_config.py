@@ -459,7 +459,9 @@ def test_resume_needs_nothing_else(parse: Callable[..., Command], config: Path, 
 def test_resume_with_the_same_config_and_free_keys(
     parse: Callable[..., Command], config: Path, run_folder: Path
 ) -> None:
-    free = ["run.device=cpu", "data.num_workers=0", "data.root=/moved/coco"]
+    free = ["run.device=cpu", "data.num_workers=0", "data.root=/moved/coco", "run.checkpoint_steps=7"]
+    free += ["run.checkpoint_minutes=0.5", "run.keep_last=3", "run.logger=a:b", "run.num_pictures=1"]
+    free += ["run.tensorboard=true"]
     assert {override.partition("=")[0] for override in free} == KEYS_FREE_ON_RESUME
     for arguments in (free, [config, *free], ["optim.lr=0.01", *free, f"run.dir={run_folder}"]):
         command = parse("--resume", run_folder, *arguments)
@@ -473,7 +475,8 @@ def test_resume_with_other_settings_lists_them(parse: Callable[..., Command], ru
     heading, *lines = str(caught.value).splitlines()
     assert heading == (
         f"resume with other settings: {run_folder} was begun with others than those given. Leave them out, or start "
-        f"a new run; only data.num_workers, data.root, run.device may change:"
+        f"a new run; only data.num_workers, data.root, run.checkpoint_minutes, run.checkpoint_steps, run.device, "
+        f"run.keep_last, run.logger, run.num_pictures, run.tensorboard may change:"
     )
     assert lines == [
         f'  run.dir: the run has "{run_folder}", given is "b"',
@@ -723,3 +726,16 @@ def test_settings_can_be_made_in_python() -> None:
     assert settings.data.sample == SampleSettings(num_train=4, num_val=60, seed=0)
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         CocoDataSettings(root="coco", batchsize=3)  # type: ignore[call-arg]
+
+
+def test_the_flag_for_determinism_is_a_setting(parse: Callable[..., Command], config: Path) -> None:
+    assert parse(config, "--deterministic").settings == load(config, "run.deterministic=true")
+    assert parse(config, "--profile") == Command(load(config), config, None, None, profile=True)
+    with pytest.raises(SettingsError, match="--profile traces training, and --eval-only does not train"):
+        parse(config, "--profile", "--eval-only", config.parent)
+
+
+@pytest.mark.parametrize("value", ["[0.5]", "[2.0, 0.1]"])
+def test_scale_jitter_is_two_rising_factors(value: str, config: Path) -> None:
+    with pytest.raises(SettingsError, match=r"data.scale_jitter = .*must be two factors, the smaller one first"):
+        load(config, f"data.scale_jitter={value}")

@@ -18,8 +18,8 @@ import train_det
 from resnest_det.config import DetectionSettings, load_settings
 from resnest_det.data.sample import SHAPES, write_sample_dataset
 from resnest_det.engine import load_checkpoint, read_metrics
+from tests.tiny_configs import REPOSITORY, write_detection_config
 
-REPOSITORY = Path(__file__).parents[1]
 TWELVE = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
 
@@ -33,39 +33,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(sample: Path, tmp_path: Path) -> Path:
     """A configuration of a few seconds."""
-    path = tmp_path / "tiny.toml"
-    path.write_text(
-        f"""
-        [run]
-        dir = "{tmp_path / "run"}"
-        num_pictures = 2
-        [data]
-        root = "{sample}"
-        train = {{ images = "train", annotations = "annotations/instances_train.json" }}
-        val = {{ images = "val", annotations = "annotations/instances_val.json" }}
-        batch_size = 4
-        num_workers = 0
-        short_sides = [64]
-        max_side = 96
-        [model]
-        backbone = "resnet18"
-        drop_path = 0.2
-        fpn_channels = 16
-        box_head_channels = 16
-        anchor_sizes = [8, 16, 32, 64, 128]
-        min_size = 64
-        max_size = 96
-        rpn_proposals_train = 50
-        rpn_proposals_eval = 20
-        roi_batch_size = 16
-        score_threshold = 0.0
-        [optim]
-        lr = 0.01
-        warmup_steps = 2
-        epochs = 3
-        """
-    )
-    return path
+    return write_detection_config(tmp_path / "tiny.toml", sample=sample, run=tmp_path / "run")
 
 
 def explained(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -88,6 +56,8 @@ def test_trains_evaluates_draws_and_measures_again(
     assert sorted(file.name for file in run.iterdir()) == [
         "best.pt",
         "config.toml",
+        "curves.png",
+        "last-1.pt",
         "last.pt",
         "metrics.jsonl",
         "predictions.png",
@@ -204,7 +174,7 @@ def test_resume_on_data_of_another_size(
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in gone]
     path.write_text(json.dumps(content))
     message = explained(capsys, "--resume", tmp_path / "run", f"data.root={data}")
-    assert "the run had 3 steps an epoch and the data now make 2" in message
+    assert "the run had 3 steps an epoch and there are 2 now" in message
     assert load_settings(DetectionSettings, tmp_path / "run" / "config.toml").data.root == str(sample)
     assert train_det.main(["--resume", str(tmp_path / "run")]) == 0
     assert not (tmp_path / "run" / "error.txt").exists()
@@ -264,11 +234,6 @@ def test_a_truncated_image_is_named_or_skipped(
     assert f"1 of 4 images were unreadable and skipped: {val_image.name}" in printed
 
 
-def test_torchrun_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "training on several processes is not built yet" in explained(capsys, config)
-
-
 def test_settings_without_effect_are_named(config: Path) -> None:
     with pytest.warns(UserWarning, match="optim.final_lr_factor has no effect with optim.schedule=multistep"):
         train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1", "optim.final_lr_factor=0.1"])
@@ -304,7 +269,7 @@ def test_every_configuration_builds(path: Path) -> None:
     settings = load_settings(DetectionSettings, path, ["data.root=x", "run.device=cpu"])
     with torch.device("meta"):
         model = build_detector(settings.model, 4, load_weights=False)
-    build_optimizer(settings.optim, model, steps_per_epoch=100)
+    build_optimizer(settings.optim, model, batches_per_epoch=100, batch_size=2)
     header = path.read_text().split("\n\n")[0]
     assert all(word in header for word in ("# Command:", "# Data:", "# Duration:", "# Expected:"))
     assert f"configs/det/{path.name}" in header or path.stem == "sample"

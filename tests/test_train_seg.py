@@ -17,8 +17,8 @@ import train_seg
 from resnest_det.config import SegmentationSettings, load_settings
 from resnest_det.data.sample import write_sample_dataset
 from resnest_det.engine import load_checkpoint, read_metrics
+from tests.tiny_configs import REPOSITORY, write_segmentation_config
 
-REPOSITORY = Path(__file__).parents[1]
 FOUR = ["mIoU", "mAcc", "aAcc", "fwIoU"]
 ONE_EPOCH = ["optim.epochs=1", "optim.warmup_steps=1"]
 
@@ -33,36 +33,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(sample: Path, tmp_path: Path) -> Path:
     """A configuration of a few seconds."""
-    path = tmp_path / "tiny.toml"
-    path.write_text(
-        f"""
-        [run]
-        dir = "{tmp_path / "run"}"
-        channels_last = true
-        num_pictures = 2
-        [data]
-        root = "{sample}"
-        classes = "classes.txt"
-        batch_size = 4
-        eval_batch_size = 2
-        num_workers = 0
-        base_size = 0
-        crop_size = 64
-        [model]
-        backbone = "resnet18"
-        drop_path = 0.2
-        head_channels = 16
-        aux_weight = 0.4
-        dice_weight = 0.5
-        [optim]
-        lr = 0.01
-        warmup_steps = 2
-        epochs = 3
-        [eval]
-        short_side = 64
-        """
-    )
-    return path
+    return write_segmentation_config(tmp_path / "tiny.toml", sample=sample, run=tmp_path / "run")
 
 
 def explained(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -89,6 +60,8 @@ def test_trains_evaluates_draws_and_measures_again(
     assert sorted(file.name for file in run.iterdir()) == [
         "best.pt",
         "config.toml",
+        "curves.png",
+        "last-1.pt",
         "last.pt",
         "metrics.jsonl",
         "predictions.png",
@@ -273,7 +246,7 @@ def test_every_configuration_builds(path: Path) -> None:
     settings = load_settings(SegmentationSettings, path, ["data.root=x", "run.device=cpu"])
     with torch.device("meta"):
         model = build_segmenter(settings.model, 10 if path.stem == "sample" else 150, load_weights=False)
-    build_optimizer(settings.optim, model, steps_per_epoch=100)
+    build_optimizer(settings.optim, model, batches_per_epoch=100, batch_size=2)
     build_inference(settings.eval)
     header = path.read_text().split("\n\n")[0]
     assert all(word in header for word in ("# Command:", "# Data:", "# Duration:", "# Expected:"))

@@ -1,42 +1,16 @@
 from __future__ import annotations
 
+import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from resnest_det.engine import check_class_names, load_checkpoint, save_checkpoint
-from resnest_det.engine.checkpoint import restore_training_state, training_state
-
-
-def objects() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    return model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(torch.randn(4, 3)).square().sum().backward()
-        optimizer.step()
-        scheduler.step()
-
-
-def test_goes_on_as_if_unbroken(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    first = objects()
-    train(*first)
-    save_checkpoint(tmp_path / "last.pt", {**training_state(*first), "class_names": {1: "disc"}})
-    train(*first)
-    second = objects()
-    content = load_checkpoint(tmp_path / "last.pt")
-    assert content["class_names"] == {1: "disc"}
-    restore_training_state(content, *second)
-    train(*second)
-    assert torch.equal(first[0].weight, second[0].weight)
-    assert first[2].get_last_lr() == second[2].get_last_lr()
+from resnest_det.engine import check_class_names, load_checkpoint, load_last, save_checkpoint
+from resnest_det.engine.checkpoint import save_last
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +22,63 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"could not be written \(No space left on device; \d+ MiB are free\).*intact"):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_limit_on_files_stops_the_write(tmp_path: Path) -> None:
+    """As the disk fills up in the middle of torch.save, which wraps the error."""
+    save_last(tmp_path, {"step": 1, "x": torch.zeros(10)}, keep=2, replace=False)
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, former[1]))
+    try:
+        with pytest.raises(OSError, match="the checkpoint could not be written .File too large.*last.pt"):
+            save_last(tmp_path, {"step": 2, "x": torch.zeros(1_000_000)}, keep=2, replace=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert load_last(tmp_path)["step"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_last(tmp_path, {"step": step, "x": torch.full((10_000,), float(step))}, keep=2, replace=False)
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    if damage == "cut":
+        del content[20_000:]
+    else:
+        content[20_000:20_100] = bytes(byte ^ 0xFF for byte in content[20_000:20_100])
+    (tmp_path / "last.pt").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"last.pt is damaged.*goes on from the checkpoint before it"):
+        state = load_last(tmp_path)
+    assert (state["step"], state["x"][0]) == (1, 1.0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["damaged.pt", "last-1.pt"]
+    save_last(tmp_path, {"step": 2}, keep=2, replace=False)
+    assert (load_last(tmp_path)["step"], load_checkpoint(tmp_path / "last-1.pt")["step"]) == (2, 1)
+
+
+def test_every_checkpoint_is_damaged(tmp_path: Path) -> None:
+    for name in ("last.pt", "last-1.pt"):
+        (tmp_path / name).write_text("no checkpoint")
+    with pytest.warns(UserWarning, match="last.pt is damaged"), pytest.raises(ValueError, match="last-1.pt is damaged"):
+        load_last(tmp_path)
+
+
+def test_where_links_are_unknown_the_former_checkpoint_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*paths: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2, 3):
+        save_last(tmp_path, {"step": step}, keep=2, replace=False)
+    assert (load_last(tmp_path)["step"], load_checkpoint(tmp_path / "last-1.pt")["step"]) == (3, 2)
 
 
 def test_no_file_and_bad_files(tmp_path: Path) -> None:
@@ -66,15 +93,8 @@ def test_no_file_and_bad_files(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=f"{name} is damaged, or not plain data written by torch.save"):
                 read(tmp_path / name)
     torch.save({"model": {}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other.pt is not a checkpoint of this version \(format 1\)"):
+    with pytest.raises(ValueError, match=r"other.pt is not a checkpoint of this version \(format 2\)"):
         load_checkpoint(tmp_path / "other.pt")
-
-
-def test_checkpoint_of_another_model() -> None:
-    model, optimizer, scheduler = objects()
-    content = training_state(model, optimizer, scheduler)
-    with pytest.raises(ValueError, match="(?s)the checkpoint is of another model or optimiser.*size mismatch"):
-        restore_training_state(content, nn.Linear(3, 4), optimizer, scheduler)
 
 
 def test_checkpoint_of_other_classes(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from resnest_det import engine
-from resnest_det.engine import create_schedule, fit, load_checkpoint, new_run_folder, read_metrics
-from resnest_det.engine.journal import Journal
+from resnest_det.engine import (
+    Interrupted,
+    Journal,
+    create_schedule,
+    fit,
+    load_checkpoint,
+    load_last,
+    new_run_folder,
+    read_metrics,
+)
 
 fit_module = sys.modules["resnest_det.engine.fit"]  # as an attribute of its package, the name is the function's
 
@@ -27,10 +38,12 @@ class Toy(nn.Module):
         super().__init__()
         self.scale = nn.Linear(3, 1)
         self.dropout = nn.Dropout(0.3)
+        self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         assert self.training
         assert all(image.dtype == torch.float32 and image.max() <= 1 for image in images)
+        self.seen += len(images)
         means = torch.stack([image.mean((1, 2)) for image in images])
         wanted = torch.stack([target["value"] for target in targets])
         error = self.scale(self.dropout(means))[:, 0] - wanted
@@ -40,22 +53,19 @@ class Toy(nn.Module):
 class Batches:
     """A loader of 5 batches whose order depends on the epoch."""
 
-    def __init__(self, bad: tuple[int, int] | None = None, skipped: tuple[int, int] | None = None) -> None:
+    def __init__(self, bad: tuple[int, int] | None = None) -> None:
         self.batch_sampler = self
-        self.epoch = -1
-        self.bad, self.skipped = bad, skipped
+        self.epoch, self.first_batch = -1, 0
+        self.bad = bad
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
         return 5
 
     def __iter__(self) -> Iterator[Any]:
-        for index in range(5):
-            if (self.epoch, index) == self.skipped:
-                yield [], [], []
-                continue
+        for index in range(self.first_batch, 5):
             generator = torch.Generator().manual_seed(100 * self.epoch + index)
             images = [torch.randint(0, 256, (3, 4, 4), dtype=torch.uint8, generator=generator) for _ in range(2)]
             value = math.nan if (self.epoch, index) == self.bad else 0.5
@@ -69,9 +79,14 @@ class Scores:
         self.values = list(values)
         self.calls = 0
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, model: nn.Module) -> dict[str, float]:
         self.calls += 1
         return {"AP": self.values[self.calls - 1], "AP50": 1.0}
+
+
+def of_weights(model: nn.Module) -> dict[str, float]:
+    """An evaluation that depends on the weights alone."""
+    return {"AP": model.scale.weight.sum().item()}
 
 
 def run(
@@ -82,6 +97,8 @@ def run(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = create_schedule(optimizer, total_steps=20, schedule="cosine", warmup_steps=3)
     arguments.setdefault("evaluate", Scores(0.1, 0.3, 0.2, 0.25))
+    folder.mkdir(exist_ok=True)
+    journal = Journal(folder)
     results = fit(
         model,
         batches or Batches(),
@@ -90,18 +107,47 @@ def run(
         epochs=epochs,
         device=torch.device("cpu"),
         run_folder=folder,
+        journal=journal,
         best_metric="AP",
-        resume=resume,
+        resume_from=load_last(folder) if resume else None,
         extra={"class_names": {1: "disc"}},
         **arguments,
     )
+    journal.close()
     return model, results
+
+
+def same_state(one: Any, other: Any, path: str = "") -> None:
+    """Two checkpoints are equal to the last bit, but for the times that the journal keeps."""
+    assert type(one) is type(other), path
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one.keys() - {"journal"}:
+            same_state(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for number, (item, another) in enumerate(zip(one, other, strict=True)):
+            same_state(item, another, f"{path}.{number}")
+    else:
+        assert one == other, path
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says, without times and memory, which differ from run to run."""
+    return [
+        {key: value for key, value in record.items() if not re.search("seconds$|_per_second$|memory", key)}
+        for record in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def test_writes_the_run_folder(tmp_path: Path) -> None:
     model, results = run(tmp_path)
     assert results == {"AP": 0.25, "AP50": 1.0}
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pt", "last.pt", "metrics.jsonl"]
+    files = sorted(file.name for file in tmp_path.iterdir())
+    assert files == ["best.pt", "last-1.pt", "last.pt", "metrics.jsonl"]
+    assert load_checkpoint(tmp_path / "last-1.pt")["step"] == 15
     last, best = load_checkpoint(tmp_path / "last.pt"), load_checkpoint(tmp_path / "best.pt")
     assert (last["epoch"], last["step"], last["best"], last["results"]["AP"]) == (4, 20, 0.3, 0.25)
     assert (best["epoch"], best["step"], best["best"], best["results"]["AP"]) == (2, 10, 0.3, 0.3)
@@ -134,12 +180,10 @@ class Stop(Exception):
 @pytest.mark.parametrize("broken_at", [1, 2, 3, 4])
 def test_a_resumed_run_equals_an_unbroken_one(broken_at: int, tmp_path: Path) -> None:
     """Stopped in the evaluation after an epoch, and so before that epoch's results were known."""
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "broken").mkdir()
     values = [0.1, 0.3, 0.2, 0.25]
     whole, results = run(tmp_path / "whole")
 
-    def stop() -> dict[str, float]:
+    def stop(model: nn.Module) -> dict[str, float]:
         stop.calls += 1
         if stop.calls == broken_at:
             raise Stop
@@ -155,30 +199,144 @@ def test_a_resumed_run_equals_an_unbroken_one(broken_at: int, tmp_path: Path) ->
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
     for name in ("last.pt", "best.pt"):
-        one, other = (load_checkpoint(tmp_path / run_name / name) for run_name in ("whole", "broken"))
-        assert torch.equal(one["rng"], other["rng"])
-        assert {k: one[k] for k in ("epoch", "step", "best", "results")} == {
-            k: other[k] for k in ("epoch", "step", "best", "results")
-        }
-    one, other = (
-        [{**r, "seconds": 0} for r in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "broken")
-    )
-    assert one == other
+        same_state(load_checkpoint(tmp_path / "whole" / name), load_checkpoint(tmp_path / "broken" / name))
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stopped_at", [1, 2, 4, 5, 6, 9, 10])
+def test_a_signal_ends_the_step_and_what_is_resumed_equals_an_unbroken_run(
+    stopped_at: int, accumulate: int, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"ema_decay": 0.9, "accumulate": accumulate, "evaluate": of_weights}
+    whole, results = run(tmp_path / "whole", **arguments)
+    calls = itertools.count(1)
+
+    class Signalled(Batches):
+        def __iter__(self) -> Iterator[Any]:
+            for batch in super().__iter__():
+                if next(calls) == stopped_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    with pytest.raises(Interrupted, match=r"SIGTERM after step \d+"):
+        run(tmp_path / "broken", batches=Signalled(), **arguments)
+    resumed, resumed_results = run(tmp_path / "broken", resume=True, **arguments)
+    assert resumed_results == results
+    same_state(whole.state_dict(), resumed.state_dict())
+    for name in ("last.pt", "best.pt"):
+        same_state(load_checkpoint(tmp_path / "whole" / name), load_checkpoint(tmp_path / "broken" / name))
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_an_evaluation_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    def signalled(model: nn.Module) -> dict[str, float]:
+        os.kill(os.getpid(), number)
+        raise AssertionError("the evaluation went on")
+
+    with pytest.raises(Interrupted, match=number.name):
+        run(tmp_path, evaluate=signalled)
+    assert load_checkpoint(tmp_path / "last.pt")["evaluated"] is False
+    scores = Scores(0.1, 0.2, 0.3, 0.4)
+    run(tmp_path, resume=True, evaluate=scores)
+    assert scores.calls == 4
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_checkpoints_within_an_epoch(tmp_path: Path) -> None:
+    seen = []
+
+    class Watched(Batches):
+        def __iter__(self) -> Iterator[Any]:
+            for batch in super().__iter__():
+                if (tmp_path / "last.pt").exists():
+                    seen.append(load_checkpoint(tmp_path / "last.pt")["step"])
+                yield batch
+
+    run(tmp_path, batches=Watched(), epochs=1, checkpoint_steps=2)
+    assert seen == [2, 2, 4]  # before the third, fourth and fifth batch
+    seen.clear()
+    (tmp_path / "last.pt").unlink()
+    run(tmp_path, batches=Watched(), epochs=1, checkpoint_minutes=1e-9)
+    assert seen == [1, 2, 3, 4]
+
+
+def test_keeps_as_many_checkpoints_as_asked_for(tmp_path: Path) -> None:
+    run(tmp_path, keep_last=3)
+    kept = {path.name: load_checkpoint(path)["step"] for path in tmp_path.glob("last*.pt")}
+    assert kept == {"last.pt": 20, "last-1.pt": 15, "last-2.pt": 10}
+    run(tmp_path / "one", keep_last=1)
+    assert [path.name for path in (tmp_path / "one").glob("last*.pt")] == ["last.pt"]
+
+
+def test_accumulated_batches_make_one_step_of_their_joint_gradient(tmp_path: Path) -> None:
+    model, _ = run(tmp_path, epochs=1, accumulate=2, evaluate=of_weights)
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 3  # of two, two and one of the five batches
+    torch.manual_seed(0)
+    plain = Toy()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    scheduler = create_schedule(optimizer, total_steps=20, schedule="cosine", warmup_steps=3)
+    loader = Batches()
+    loader.set_epoch(0)
+    for group in ([0, 1], [2, 3], [4]):
+        optimizer.zero_grad()
+        for index in group:
+            images, targets, _ = list(loader)[index]
+            losses = plain([image / 255 for image in images], targets)
+            (sum(losses.values()) / len(group)).backward()
+        optimizer.step()
+        scheduler.step()
+    assert torch.allclose(model.scale.weight, plain.scale.weight, atol=1e-6)
+
+
+def test_the_average_is_evaluated_and_kept_beside_the_weights(tmp_path: Path) -> None:
+    evaluated = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        evaluated.append(model.scale.weight.clone())
+        return {"AP": 0.1}
+
+    model, _ = run(tmp_path, ema_decay=0.9, evaluate=evaluate)
+    content = load_checkpoint(tmp_path / "last.pt")
+    assert torch.equal(content["model"]["scale.weight"], model.scale.weight)
+    assert torch.equal(content["ema"]["model"]["scale.weight"], evaluated[-1])
+    assert not torch.equal(evaluated[-1], model.scale.weight)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_train(precision: Any, tmp_path: Path) -> None:
+    full, _ = run(tmp_path / "full", evaluate=of_weights)
+    half, _ = run(tmp_path / "half", evaluate=of_weights, precision=precision)
+    assert half.scale.weight.dtype == torch.float32
+    difference = (half.scale.weight - full.scale.weight).abs().max()
+    assert 0 < difference < 0.05
+
+
+def test_a_dead_worker_is_named(tmp_path: Path) -> None:
+    class Dying(Batches):
+        def __iter__(self) -> Iterator[Any]:
+            yield from itertools.islice(super().__iter__(), 2)
+            raise RuntimeError("DataLoader worker (pid 123) is killed by signal: Killed. ")
+
+    with pytest.raises(ChildProcessError, match=r"a process that loads images died .*pid 123.*resume the run"):
+        run(tmp_path, batches=Dying(), checkpoint_steps=1)
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 2
 
 
 def test_an_evaluation_noted_and_not_saved_is_noted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped between the line in metrics.jsonl and the checkpoint."""
-    real_save = fit_module.save_checkpoint
+    real_save = fit_module.save_last
 
-    def save(path: Path, content: dict[str, Any]) -> None:
+    def save(folder: Path, content: dict[str, Any], **arguments: Any) -> None:
         if content["epoch"] == 2 and content["evaluated"]:
             raise Stop
-        real_save(path, content)
+        real_save(folder, content, **arguments)
 
-    monkeypatch.setattr(fit_module, "save_checkpoint", save)
+    monkeypatch.setattr(fit_module, "save_last", save)
     with pytest.raises(Stop):
         run(tmp_path)
-    monkeypatch.setattr(fit_module, "save_checkpoint", real_save)
+    monkeypatch.setattr(fit_module, "save_last", real_save)
     run(tmp_path, resume=True, evaluate=Scores(0.3, 0.2, 0.25))
     evaluations = [r["epoch"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] == "eval"]
     assert evaluations == [1, 2, 3, 4]
@@ -188,11 +346,11 @@ def test_resume_on_data_of_another_size(tmp_path: Path) -> None:
     run(tmp_path)
     batches = Batches()
     batches.__class__ = type("Fewer", (Batches,), {"__len__": lambda self: 3})
-    with pytest.raises(ValueError, match="the run had 5 steps an epoch and the data now make 3"):
+    with pytest.raises(ValueError, match="the run had 5 steps an epoch and there are 3 now"):
         run(tmp_path, resume=True, batches=batches)
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, results = run(tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
     scores = Scores()
@@ -200,6 +358,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert (scores.calls, resumed_results) == (0, results)
     assert torch.equal(model.scale.weight, resumed.scale.weight)
     assert (tmp_path / "last.pt").read_bytes() == before
+    assert "the run is finished: 4 of 4 epochs, best AP 0.300" in capsys.readouterr().out
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
@@ -230,6 +389,7 @@ def test_non_finite_gradients_where_they_are_clipped(tmp_path: Path, monkeypatch
             epochs=1,
             device=torch.device("cpu"),
             run_folder=tmp_path,
+            journal=Journal(tmp_path),
             evaluate=Scores(0.1),
             best_metric="AP",
             clip_norm=1.0,
@@ -238,19 +398,12 @@ def test_non_finite_gradients_where_they_are_clipped(tmp_path: Path, monkeypatch
 
 
 def test_clipping_bounds_the_step(tmp_path: Path) -> None:
-    (tmp_path / "free").mkdir()
-    (tmp_path / "clipped").mkdir()
     free, _ = run(tmp_path / "free", evaluate=Scores(0, 0, 0, 0))
     clipped, _ = run(tmp_path / "clipped", evaluate=Scores(0, 0, 0, 0), clip_norm=1e-6)
     torch.manual_seed(0)
     start = Toy()
     assert (clipped.scale.weight - start.scale.weight).abs().max() < 1e-4
     assert (free.scale.weight - start.scale.weight).abs().max() > 1e-2
-
-
-def test_a_batch_of_skipped_images_is_passed_over(tmp_path: Path) -> None:
-    run(tmp_path, batches=Batches(skipped=(1, 2)))
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == 19
 
 
 def test_run_folders_are_never_reused(tmp_path: Path) -> None:
@@ -263,17 +416,9 @@ def test_run_folders_are_never_reused(tmp_path: Path) -> None:
     assert new_run_folder(tmp_path / "runs" / "a").name == "a-3"
 
 
-def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train", "step": 20}\n{"kind": "train", "step": 40}\n{"kind": "tra')
-    Journal(tmp_path, keep_steps=20)
-    assert read_metrics(path) == [{"kind": "train", "step": 20}]
-    assert read_metrics(tmp_path / "none.jsonl") == []
-
-
 def test_the_engine_knows_no_task() -> None:
     sources = sorted(Path(engine.__file__).parent.glob("*.py"))
-    assert len(sources) == 5
+    assert len(sources) == 11
     for source in sources:
         found = re.findall(r"(?i)detect\w*|segment\w*|coco|ade20k|miou|mask\w*|box\w*", source.read_text())
         assert not found, f"{source.name} names {found}"

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from resnest_det.engine import Interrupted
+from resnest_det.engine.interruption import StopSignals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_request(number: signal.Signals) -> None:
+    former = signal.getsignal(number)
+    with StopSignals() as stop:
+        assert stop.requested is None
+        os.kill(os.getpid(), number)
+        assert stop.requested == number.name
+        with pytest.raises(Interrupted, match=number.name), stop.at_once():
+            raise AssertionError("a request that came before the block must not let it begin")
+    assert signal.getsignal(number) is former
+
+
+def test_a_signal_ends_a_block_in_which_all_is_saved() -> None:
+    with StopSignals() as stop:
+        went_on = False
+        with pytest.raises(Interrupted, match="SIGTERM"), stop.at_once():  # noqa: PT012  # what follows is the point
+            os.kill(os.getpid(), signal.SIGTERM)
+            went_on = True
+        assert not went_on
+        assert stop.requested == "SIGTERM"
+
+
+def test_ctrl_c_twice_does_not_wait() -> None:
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_elsewhere_than_in_the_main_thread_nothing_changes() -> None:
+    seen: list[object] = []
+
+    def look() -> None:
+        with StopSignals() as stop:
+            seen.append((signal.getsignal(signal.SIGINT), stop.requested))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [(signal.getsignal(signal.SIGINT), None)]
+
+
+def test_it_passes_by_handlers_of_exceptions() -> None:
+    assert not issubclass(Interrupted, Exception)
