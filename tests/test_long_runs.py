@@ -7,8 +7,8 @@ import random
 import re
 import shutil
 import signal
-import sys
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
