@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -582,6 +583,12 @@ def test_message_of_an_error_is_the_same_from_a_worker(num_workers: int) -> None
 # --- signals and the end of workers
 
 
+@pytest.fixture
+def no_garbage() -> None:
+    """No iterator that an earlier error keeps in a cycle: a worker that collects one can lock up as it begins."""
+    gc.collect()
+
+
 class SlowWorkers:
     """Its targets name the worker's process, and are so long that a worker waits for the main process to read."""
 
@@ -596,6 +603,7 @@ class SlowWorkers:
         return f"{index}.jpg"
 
 
+@pytest.mark.usefixtures("no_garbage")
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_workers_go_on_when_everything_is_signalled(number: signal.Signals, context: str) -> None:
@@ -628,6 +636,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.usefixtures("no_garbage")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("end", ["return", "error", "killed"])
 def test_workers_end_with_the_main_process(end: str) -> None:
