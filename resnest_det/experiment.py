@@ -52,6 +52,7 @@ from resnest_det.engine import (
     read_metrics,
     recompute_batch_norms,
 )
+from resnest_det.engine.interruption import StopSignals
 from resnest_det.engine.journal import Hook, load_hook
 from resnest_det.engine.tensorboard import TensorBoard
 from resnest_det.layers import describe_norms, norm_warnings
@@ -83,8 +84,9 @@ def run_script(
         evaluate_only: what it does with --eval-only; it is given the checkpoint or run folder besides.
 
     Returns:
-        0, also where a signal stopped the run, which is saved then; or 2 after a mistake of the user's or an error of
-        the machine, which is printed without a traceback.
+        0, also where a signal stopped the run, which is saved then; 130 where it stopped the script before there was
+        anything to save; or 2 after a mistake of the user's or an error of the machine, which is printed without a
+        traceback.
     """
     try:
         command = parse_command_line(cls, argv, prog=prog, description=description, default_config=default_config)
@@ -93,12 +95,17 @@ def run_script(
             for sentence in ineffective_settings(command.settings):
                 warnings.warn(sentence, stacklevel=2)
             try:
-                if command.eval_only:
-                    evaluate_only(command, command.eval_only, device)
-                else:
-                    train(command, device)
-            except Interrupted as stop:
-                print(f"stopped by {stop}; all of it is saved. To go on: {prog} --resume {stop.run_folder}", flush=True)
+                with StopSignals() as stop, stop.at_once():  # until training begins, and again after it
+                    if command.eval_only:
+                        evaluate_only(command, command.eval_only, device)
+                    else:
+                        train(command, device)
+            except Interrupted as interrupted:
+                folder = interrupted.run_folder
+                if folder is None or not (folder / "last.pt").exists():
+                    print(f"stopped by {interrupted}; there is nothing to resume", file=sys.stderr)
+                    return 130
+                print(f"stopped by {interrupted}; all of it is saved. To go on: {prog} --resume {folder}", flush=True)
     except (ValueError, OSError, FloatingPointError) as error:
         process = os.environ.get("RANK", "0")
         source = f"process {process}: " if process != "0" else ""

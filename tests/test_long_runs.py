@@ -66,6 +66,12 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
+def caught_signals(pid: int) -> set[str]:
+    """The signals that a process has handlers for."""
+    (mask,) = re.findall(r"SigCgt:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+    return {number.name for number in signal.Signals if int(mask, 16) >> (number - 1) & 1}
+
+
 def whole_run(sample: Path, folder: Path, processes: int) -> tuple[Path, float]:
     """An unbroken run, and the seconds from its first checkpoint to its end."""
     config = write_detection_config(folder / "whole.toml", sample=sample, run=folder / "whole")
@@ -123,6 +129,32 @@ def test_a_signal_to_the_whole_group_ends_the_run_with_the_line_that_resumes_it(
     assert "Traceback" not in printed
     assert not (tmp_path / "run" / "error.txt").exists()
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 1
+
+
+def test_ctrl_c_with_several_processes(sample: Path, tmp_path: Path) -> None:
+    """The terminal signals all of them, and torchrun signals its processes once more."""
+    config = write_detection_config(tmp_path / "det.toml", sample=sample, run=tmp_path / "run")
+    arguments = ["optim.epochs=200", "run.checkpoint_steps=1", "data.num_workers=1", "data.batch_size=2"]
+    process = start("train_det.py", config, *arguments, processes=2)
+    wait_for(tmp_path / "run" / "last.pt", process)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert printed.count(f"To go on: train_det.py --resume {tmp_path / 'run'}") == 1, printed
+    finish("train_det.py", "--eval-only", tmp_path / "run" / "last.pt", f"run.dir={tmp_path / 'again'}")
+
+
+def test_a_signal_before_the_run_begins(sample: Path, tmp_path: Path) -> None:
+    config = write_detection_config(tmp_path / "det.toml", sample=sample, run=tmp_path / "run")
+    process = start("train_det.py", config, "data.sample={num_train=100000}")
+    wait_for(Path(f"/proc/{process.pid}"), process)
+    deadline = time.monotonic() + 60
+    while "SIGTERM" not in caught_signals(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in printed) == (130, False), printed
+    assert "stopped by SIGTERM; there is nothing to resume" in printed
 
 
 def test_a_dead_worker(sample: Path, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+_PATIENCE = 2.0  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,8 +33,9 @@ class Interrupted(KeyboardInterrupt):
 class StopSignals:
     """Within its `with` block, SIGINT (Ctrl-C) and SIGTERM are requests, to be asked for by `requested`.
 
-    A second SIGINT stops at once, as a KeyboardInterrupt. Outside of the main thread, where Python cannot handle
-    signals, nothing is changed.
+    A second SIGINT, two seconds later or more, stops at once, as a KeyboardInterrupt: torchrun sends on what its
+    processes got from the terminal already. Outside of the main thread, where Python cannot handle signals, nothing is
+    changed.
 
     Attributes:
         requested: the name of the signal that came, or None.
@@ -38,6 +43,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._first_at = math.inf
         self._at_once = False
         self._former: dict[signal.Signals, Any] = {}
 
@@ -63,8 +69,9 @@ class StopSignals:
             self._at_once = False
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        repeated, self.requested = self.requested, signal.Signals(number).name
+        self.requested = self.requested or signal.Signals(number).name
+        self._first_at = min(self._first_at, time.monotonic())
         if self._at_once:
             raise Interrupted(self.requested)
-        if repeated and number == signal.SIGINT:
+        if number == signal.SIGINT and time.monotonic() - self._first_at >= _PATIENCE:
             raise KeyboardInterrupt

@@ -604,8 +604,14 @@ class SlowWorkers:
 
 
 @pytest.mark.usefixtures("no_garbage")
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "context"),
+    [
+        (signal.SIGINT, "fork"),
+        (signal.SIGTERM, "fork"),
+        pytest.param(signal.SIGTERM, "spawn", marks=pytest.mark.slow),
+    ],
+)
 def test_workers_go_on_when_everything_is_signalled(number: signal.Signals, context: str) -> None:
     loader = eval_loader(SlowWorkers(), batch_size=1, num_workers=2)
     loader.multiprocessing_context = context

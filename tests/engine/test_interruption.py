@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from resnest_det.engine import Interrupted
+from resnest_det.engine import Interrupted, interruption
 from resnest_det.engine.interruption import StopSignals
 
 
@@ -32,11 +32,21 @@ def test_a_signal_ends_a_block_in_which_all_is_saved() -> None:
         assert stop.requested == "SIGTERM"
 
 
-def test_ctrl_c_twice_does_not_wait() -> None:
-    with StopSignals():
+def test_ctrl_c_a_second_time_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes within two seconds is the first one, sent on by torchrun."""
+    now = 100.0
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+        now = 101.9
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == "SIGTERM"
+        now = 102.1
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt) as error:
             os.kill(os.getpid(), signal.SIGINT)
+        assert not isinstance(error.value, Interrupted)
 
 
 def test_elsewhere_than_in_the_main_thread_nothing_changes() -> None:
