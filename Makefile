@@ -23,9 +23,11 @@ check: $(READY)  ## style, types, architecture
 	$(BIN)/lint-imports
 
 bench: $(READY)  ## the figures of docs/benchmarks.md that a few minutes can measure
-	$(BIN)/python -m tests.benchmarks.coco_scale
+	$(BIN)/python -m tests.benchmarks.coco_scale --images 20000
 	$(BIN)/python -m tests.benchmarks.mean_iou
 	$(BIN)/python -m tests.benchmarks.deeplabv3plus
+	$(BIN)/python -m tests.benchmarks.activation_checkpointing
+	$(BIN)/python -m tests.benchmarks.detection_loader
 
 setup: $(READY)  ## only install
 

@@ -22,7 +22,7 @@ from resnest_det.backbones import load_weights
 from resnest_det.build import build_coco_set, build_detector, build_optimizer, build_repeat_factors, check_batch_size
 from resnest_det.config import Command, DetectionSettings
 from resnest_det.data import CocoDetection, eval_loader, once_per_machine, train_loader
-from resnest_det.distributed import describe_processes, images_to_device, rank, world_size
+from resnest_det.distributed import describe_processes, images_to_device, rank
 from resnest_det.engine import autocast, check_class_names, fit, seed_random_numbers
 from resnest_det.evaluation import CocoMeanAveragePrecision, evaluate
 from resnest_det.experiment import (
@@ -82,10 +82,9 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
     )
     model = build_detector(settings.model, train_set.num_classes, load_weights=not command.resume)
     place_model(model, settings, device)
-    check_batch_size(model, min(settings.data.batch_size, len(train_set) // world_size()))
-    optimizer, scheduler = build_optimizer(
-        settings.optim, model, batches_per_epoch=len(batches), batch_size=settings.data.batch_size
-    )
+    batch_size = batches.batch_sampler.batch_size  # type: ignore[union-attr]  # of a small data set less than asked for
+    check_batch_size(model, batch_size)
+    optimizer, scheduler = build_optimizer(settings.optim, model, batches_per_epoch=len(batches), batch_size=batch_size)
     metric = CocoMeanAveragePrecision(val_set.class_names)
     val_batches = eval_loader(val_set, batch_size=settings.data.eval_batch_size, num_workers=settings.data.num_workers)
     measure = partial(evaluate, loader=val_batches, metric=metric, device=device)
@@ -99,7 +98,7 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
         print(
             f"{settings.model.detector} on {settings.model.backbone}, {num_parameters / 1e6:.1f} M parameters, "
             f"{settings.optim.epochs} epochs of {len(batches)} batches on {describe_processes(device)}\n"
-            f"{describe_model(model, settings)}\nrun folder {folder}",
+            f"{describe_model(model, batch_size)}\nrun folder {folder}",
             flush=True,
         )
         if rank() > 0:
@@ -150,7 +149,7 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
 def evaluate_only(command: Command[DetectionSettings], checkpoint: Path, device: torch.device) -> None:
     """The metric and the pictures of a checkpoint: ours, or any state dict of the same detector."""
     settings = command.settings
-    val_set = build_coco_set(settings.data, "val")
+    val_set = once_per_machine(partial(build_coco_set, settings.data, "val"))
     model = build_detector(settings.model, val_set.num_classes, load_weights=False)
     file = find_checkpoint(checkpoint)
     check_class_names(file, val_set.class_names)

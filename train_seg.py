@@ -29,7 +29,7 @@ from resnest_det.build import (
 )
 from resnest_det.config import Command, SegmentationSettings
 from resnest_det.data import MaskFolder, eval_loader, once_per_machine, train_loader
-from resnest_det.distributed import describe_processes, images_to_device, rank, world_size
+from resnest_det.distributed import describe_processes, images_to_device, rank
 from resnest_det.engine import autocast, check_class_names, fit, seed_random_numbers
 from resnest_det.evaluation import MeanIoU, SegmentationInference, evaluate
 from resnest_det.experiment import (
@@ -83,10 +83,9 @@ def train(command: Command[SegmentationSettings], device: torch.device) -> None:
     )
     model = build_segmenter(settings.model, train_set.num_classes, load_weights=not command.resume)
     place_model(model, settings, device)
-    check_batch_size(model, min(settings.data.batch_size, len(train_set) // world_size()))
-    optimizer, scheduler = build_optimizer(
-        settings.optim, model, batches_per_epoch=len(batches), batch_size=settings.data.batch_size
-    )
+    batch_size = batches.batch_sampler.batch_size  # type: ignore[union-attr]  # of a small data set less than asked for
+    check_batch_size(model, batch_size)
+    optimizer, scheduler = build_optimizer(settings.optim, model, batches_per_epoch=len(batches), batch_size=batch_size)
     metric = MeanIoU(val_set.class_names)
     val_batches = eval_loader(val_set, batch_size=settings.data.eval_batch_size, num_workers=settings.data.num_workers)
     inference = build_inference(settings.eval)
@@ -101,7 +100,7 @@ def train(command: Command[SegmentationSettings], device: torch.device) -> None:
         print(
             f"{settings.model.segmenter} on {settings.model.backbone}, {num_parameters / 1e6:.1f} M parameters, "
             f"{settings.optim.epochs} epochs of {len(batches)} batches on {describe_processes(device)}\n"
-            f"{describe_model(model, settings)}\nrun folder {folder}",
+            f"{describe_model(model, batch_size)}\nrun folder {folder}",
             flush=True,
         )
         if rank() > 0:
@@ -152,7 +151,7 @@ def train(command: Command[SegmentationSettings], device: torch.device) -> None:
 def evaluate_only(command: Command[SegmentationSettings], checkpoint: Path, device: torch.device) -> None:
     """The metric and the pictures of a checkpoint: ours, or any state dict of the same model."""
     settings = command.settings
-    val_set = build_mask_set(settings.data, "val")
+    val_set = once_per_machine(partial(build_mask_set, settings.data, "val"))
     model = build_segmenter(settings.model, val_set.num_classes, load_weights=False)
     file = find_checkpoint(checkpoint)
     check_class_names(file, val_set.class_names)

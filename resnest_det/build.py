@@ -72,7 +72,6 @@ def build_coco_set(settings: CocoDataSettings, split: Split) -> CocoDetection:
         ),
         keep_empty=settings.keep_empty,
         on_unreadable=settings.on_unreadable,
-        masks=settings.copy_paste > 0,
         mosaic=Mosaic(settings.mosaic, side=settings.mosaic_side) if settings.mosaic else None,
         copy_paste=CopyPaste(settings.copy_paste) if settings.copy_paste else None,
     )

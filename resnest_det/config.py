@@ -128,8 +128,8 @@ def _check_root(root: str, info: ValidationInfo) -> str:
 class CocoDataSettings(Section):
     """A detection data set in COCO's format, how it is loaded and how it is augmented."""
 
-    # A validator sees the fields above its own only, so `sample` stands before `root` and `short_sides` before
-    # `max_side`.
+    # A validator sees the fields above its own only, so `sample` stands before `root`, and `scale_jitter` and
+    # `short_sides` before `max_side`.
     sample: SampleSettings | None = Field(
         None, description="Train on the generated data set, written to the cache folder on first use."
     )
@@ -146,8 +146,17 @@ class CocoDataSettings(Section):
     keep_empty: bool = Field(True, description="Keep training images without boxes, as negatives.")
     on_unreadable: Literal["raise", "skip"] = Field(
         "raise",
-        description="An image that cannot be decoded stops the run, or is skipped with a warning (in training, another "
-        "of its batch then comes twice).",
+        description="An image that cannot be decoded stops the run, or is skipped with a warning (in training, the "
+        "next readable one takes its place).",
+    )
+    scale_jitter: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (),
+        strict=False,
+        description="Large-scale jitter, in the place of data.short_sides and data.max_side: smallest and largest "
+        "factor on data.crop_size, such as [0.1, 2.0]; none given is none.",
+    )
+    crop_size: int = Field(
+        1024, ge=32, description="Side in pixels of the square that large-scale jitter scales to and cuts out."
     )
     short_sides: tuple[Annotated[int, Field(ge=32)], ...] = Field(
         (640, 672, 704, 736, 768, 800),
@@ -165,16 +174,6 @@ class CocoDataSettings(Section):
     vflip: float = Field(0.0, ge=0, le=1, description="Probability of a vertical flip.")
     color_jitter: float = Field(
         0.0, ge=0, le=1, description="Strength of the brightness, contrast and saturation jitter; 0 is none."
-    )
-    scale_jitter: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (),
-        max_length=2,
-        strict=False,
-        description="Large-scale jitter in the place of data.short_sides: smallest and largest factor on "
-        "data.crop_size, such as [0.1, 2.0]; none given is none.",
-    )
-    crop_size: int = Field(
-        1024, ge=32, description="Side in pixels of the square that large-scale jitter scales to and cuts out."
     )
     mosaic: float = Field(0.0, ge=0, le=1, description="Probability that an image is put together from four.")
     mosaic_side: int = Field(
@@ -207,7 +206,7 @@ class CocoDataSettings(Section):
     @classmethod
     def _max_side_holds_short_sides(cls, max_side: int, info: ValidationInfo) -> int:
         largest = max(info.data.get("short_sides", (0,)))
-        if max_side < largest:
+        if max_side < largest and not info.data.get("scale_jitter"):
             raise ValueError(f"must be at least the largest of data.short_sides, which is {largest}")
         return max_side
 
@@ -273,7 +272,7 @@ class MaskDataSettings(Section):
     on_unreadable: Literal["raise", "skip"] = Field(
         "raise",
         description="An image or mask that cannot be decoded stops the run, or is skipped with a warning (in training, "
-        "another of its batch then comes twice).",
+        "the next readable one takes its place).",
     )
     base_size: int = Field(
         520, ge=0, description="Short side in pixels that training images are scaled from; 0 is each image's own."
@@ -807,6 +806,10 @@ def ineffective_settings(settings: ExperimentSettings) -> list[str]:
     causes: list[tuple[bool, str, Iterable[str]]] = []
     if isinstance(settings, DetectionSettings | SegmentationSettings):
         causes += _ineffective_in_optim(settings.optim)
+        model = settings.model
+        heads = (model.fpn_norm, model.box_head_norm) if isinstance(model, DetectorSettings) else (model.head_norm,)
+        if not {"bn", "sync_bn"} & {model.norm, *heads}:
+            causes.append((True, "norms without running statistics", ["eval.precise_bn"]))
     if isinstance(settings, DetectionSettings):
         splits = [f"data.{split}.{key}" for split in ("train", "val") for key in SplitSettings.model_fields]
         causes += [

@@ -6,6 +6,7 @@ processes are started by torchrun, whose environment variables say which of them
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import warnings
@@ -140,11 +141,13 @@ def data_parallel(model: nn.Module, device: torch.device, *, broadcast_buffers: 
     """
     if world_size() == 1:
         return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=broadcast_buffers,
         gradient_as_bucket_view=True,
+        **{name: broadcast_buffers},  # type: ignore[arg-type]
     )
 
 

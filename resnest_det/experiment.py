@@ -38,8 +38,10 @@ from resnest_det.distributed import (
     distributed_session,
     gather_objects,
     images_to_device,
+    local_world_size,
     rank,
     to_device,
+    world_size,
 )
 from resnest_det.engine import (
     Interrupted,
@@ -105,7 +107,9 @@ def run_script(
                 if folder is None or not (folder / "last.pt").exists():
                     print(f"stopped by {interrupted}; there is nothing to resume", file=sys.stderr)
                     return 130
-                print(f"stopped by {interrupted}; all of it is saved. To go on: {prog} --resume {folder}", flush=True)
+                launcher = f"torchrun --nproc-per-node {local_world_size()}" if world_size() > 1 else "python"
+                command_line = f"{launcher} {prog} --resume {folder}"
+                print(f"stopped by {interrupted}; all of it is saved. To go on: {command_line}", flush=True)
     except (ValueError, OSError, FloatingPointError) as error:
         process = os.environ.get("RANK", "0")
         source = f"process {process}: " if process != "0" else ""
@@ -197,8 +201,19 @@ def open_journal(command: Command[S], folder: Path) -> Iterator[Journal]:
         journal.close()
 
 
-def place_model(model: nn.Module, settings: ExperimentSettings, device: torch.device) -> nn.Module:
-    """The model on its device, its weights laid out and its backbone compiled as the settings say."""
+def place_model(
+    model: nn.Module, settings: DetectionSettings | SegmentationSettings, device: torch.device
+) -> nn.Module:
+    """The model on its device, its weights laid out and its backbone compiled as the settings say.
+
+    Raises:
+        ValueError: the backbone is to be compiled and its activations to be computed again.
+    """
+    if settings.run.compile and settings.model.checkpoint_activations:
+        raise ValueError(
+            "run.compile=true and model.checkpoint_activations=true do not go together: what is computed again keeps "
+            "its statistics apart, which compiled code cannot do; use one of them"
+        )
     model.to(device).to(memory_format=torch.channels_last if settings.run.channels_last else torch.contiguous_format)
     if settings.run.compile:
         assert isinstance(model.backbone, nn.Module)
@@ -206,9 +221,14 @@ def place_model(model: nn.Module, settings: ExperimentSettings, device: torch.de
     return model
 
 
-def describe_model(model: nn.Module, settings: DetectionSettings | SegmentationSettings) -> str:
-    """What is trained and how it is normalised, for the start of a run; what may hurt is warned of."""
-    for sentence in norm_warnings(model, settings.data.batch_size):
+def describe_model(model: nn.Module, batch_size: int) -> str:
+    """What is trained and how it is normalised, for the start of a run; what may hurt is warned of.
+
+    Args:
+        model: what is trained.
+        batch_size: images of a batch on each process.
+    """
+    for sentence in norm_warnings(model, batch_size):
         warnings.warn(sentence, stacklevel=2)
     return f"{describe_trainable(model)}\n{describe_norms(model)}"
 

@@ -112,5 +112,5 @@ def test_readme_names_every_network() -> None:
 def test_targets_of_the_makefile_that_the_readme_names() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     for page in PAGES:
-        for target in re.findall(r"make ([a-z][a-z-]*)", page.read_text()):
+        for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(), re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"

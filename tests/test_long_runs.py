@@ -125,7 +125,7 @@ def test_a_signal_to_the_whole_group_ends_the_run_with_the_line_that_resumes_it(
     os.killpg(process.pid, number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
-    assert re.search(rf"stopped by {number.name}.*To go on: train_det.py --resume {tmp_path / 'run'}", printed)
+    assert re.search(rf"stopped by {number.name}.*To go on: python train_det.py --resume {tmp_path / 'run'}", printed)
     assert "Traceback" not in printed
     assert not (tmp_path / "run" / "error.txt").exists()
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 1
@@ -139,7 +139,8 @@ def test_ctrl_c_with_several_processes(sample: Path, tmp_path: Path) -> None:
     wait_for(tmp_path / "run" / "last.pt", process)
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
-    assert printed.count(f"To go on: train_det.py --resume {tmp_path / 'run'}") == 1, printed
+    line = f"To go on: torchrun --nproc-per-node 2 train_det.py --resume {tmp_path / 'run'}"
+    assert printed.count(line) == 1, printed
     finish("train_det.py", "--eval-only", tmp_path / "run" / "last.pt", f"run.dir={tmp_path / 'again'}")
 
 

@@ -253,6 +253,34 @@ def test_as_a_program(config: Path, tmp_path: Path) -> None:
     assert 'backbone = "resnet18"' in shown.stdout
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_with_a_tracker_and_everything_else(precision: str, config: Path, tmp_path: Path) -> None:
+    arguments = [f"run.precision={precision}", "run.tensorboard=true", "optim.ema_decay=0.9", "optim.accumulate=2"]
+    arguments += ["eval.precise_bn=2", "optim.layer_decay=0.8", "optim.schedule=one_cycle", "optim.epochs=2"]
+    arguments += ["data.mosaic=0.5", "data.copy_paste=0.5", "data.scale_jitter=[0.5, 2]", "data.crop_size=96"]
+    arguments += ["data.repeat_threshold=0.5", "model.checkpoint_activations=true"]
+    assert train_det.main([str(config), *arguments, "--deterministic", "--profile"]) == 0
+    files = {file.name.split(".")[0] for file in (tmp_path / "run").iterdir()}
+    assert {"events", "curves", "predictions", "results"} <= files
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records if record["kind"] == "eval"] == [2, 4]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_compiled_and_recomputed_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = explained(capsys, config, "run.compile=true", "model.checkpoint_activations=true")
+    assert "run.compile=true and model.checkpoint_activations=true do not go together" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone(config: Path, tmp_path: Path) -> None:
+    assert train_det.main([str(config), "run.compile=true", "optim.epochs=1", "optim.ema_decay=0.9"]) == 0
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["model"].keys() == (
+        load_checkpoint(tmp_path / "run" / "best.pt")["ema"]["model"].keys()
+    )
+
+
 # --- the shipped configurations
 
 CONFIGS = sorted((REPOSITORY / "configs" / "det").glob("*.toml"))

@@ -74,8 +74,8 @@ class CocoDetection(ImageFiles[Sample]):
 
     `dataset[i]` is `(image, target)`: the image a uint8 RGB tensor (3, H, W), the target a dict of
     `boxes` float32 (N, 4) xyxy in pixels, `labels` int64 (N,) in 1..K, `image_id` int, `area` float64 (N,),
-    the annotations' own areas in pixels of the original image, and `iscrowd` bool (N,); with `masks=True` also
-    `masks` uint8 (N, H, W) of 0 and 1, pycocotools' to the last pixel.
+    the annotations' own areas in pixels of the original image, of mixed images in pixels of the result, and
+    `iscrowd` bool (N,); with `masks=True` also `masks` uint8 (N, H, W) of 0 and 1, pycocotools' to the last pixel.
 
     With `train=True`, crowd regions are left out, boxes are clipped to their image, and those then less than
     1 px wide or high are dropped with a warning. An image that had annotations and lost them all is left out
@@ -96,9 +96,10 @@ class CocoDetection(ImageFiles[Sample]):
         keep_empty: in training, keep images without annotations, as negatives.
         on_unreadable: what `load` does with an image that cannot be decoded: "raise", or "skip" (returns
             None, warns once a file and lists the file in `skipped`).
-        masks: read the segmentations, which every annotation must then have.
+        masks: give the objects' masks. Every annotation must then have a segmentation.
         mosaic: puts training images together from four.
-        copy_paste: pastes objects of another training image; needs masks.
+        copy_paste: pastes objects of another training image, along their masks: every annotation must have a
+            segmentation, whether masks are given or not.
 
     Attributes:
         class_names: label -> category name.
@@ -111,7 +112,7 @@ class CocoDetection(ImageFiles[Sample]):
     Raises:
         FileNotFoundError: the folder or the file is missing, or images that the file names.
         ValueError: the file is no valid COCO instances file; the message lists every kind of mistake. Or images
-            would be mixed without train=True, or pasted without masks=True.
+            would be mixed without train=True.
     """
 
     def __init__(
@@ -129,13 +130,13 @@ class CocoDetection(ImageFiles[Sample]):
     ) -> None:
         if not train and not keep_empty:
             warnings.warn("keep_empty=False has no effect with train=False: evaluation uses every image", stacklevel=2)
-        _check_mixing(train, masks, mosaic, copy_paste)
+        _check_mixing(train, mosaic, copy_paste)
         folder, self._file = Path(images), Path(annotations)
         _check_paths_exist(folder, self._file)
-        content = _read(self._file, masks)
+        content = _read(self._file, masks or copy_paste is not None)
         _check_content(self._file, content)
         _check_images_exist(folder, content.file_names)
-        self._train, self._transform = train, transform
+        self._train, self._transform, self._masks = train, transform, masks
         self._mosaic, self._copy_paste = mosaic, copy_paste
 
         category_ids = sorted(content.categories)
@@ -190,7 +191,7 @@ class CocoDetection(ImageFiles[Sample]):
             "area": torch.from_numpy(sample.areas),
             "iscrowd": torch.from_numpy(sample.iscrowd),
         }
-        if sample.masks is not None:
+        if self._masks:
             target["masks"] = torch.from_numpy(sample.masks)
         return channels_first(sample.image), target
 
@@ -236,14 +237,16 @@ class CocoDetection(ImageFiles[Sample]):
     def _first_readable(self, place: int, read: Callable[[int], AnnotatedImage]) -> AnnotatedImage:
         """What `read` makes of the image at `place`, or of the next one that can be read, in a circle.
 
-        There is one: the image that is asked for has been read before any that is mixed with it.
+        Raises:
+            ValueError: none can be read, as when the folder is gone.
         """
-        while True:
+        for step in range(len(self)):
+            index = (place + step) % len(self)
             try:
-                return read(place)
+                return read(index)
             except UnreadableImageError as error:
-                self._pass_over(place, error)
-                place = (place + 1) % len(self)
+                self._pass_over(index, error)
+        raise ValueError(f"none of the {len(self)} images can be read, such as {self.image_path(place)}")
 
     def annotation_ids(self, index: int) -> Tensor:
         """The file's ids of the image's annotations, int64 (N,), in the order of the untransformed boxes."""
@@ -445,17 +448,13 @@ def _raise_annotation_error(path: Path, annotations: Iterable[msgspec.Raw], kind
     ) from None
 
 
-def _check_mixing(train: bool, masks: bool, mosaic: Mosaic | None, copy_paste: CopyPaste | None) -> None:
+def _check_mixing(train: bool, mosaic: Mosaic | None, copy_paste: CopyPaste | None) -> None:
     for name, mixing in (("mosaic", mosaic), ("copy_paste", copy_paste)):
         if mixing is not None and not train:
             raise ValueError(
                 f"{name} is given with train=False, but the ground truth of an evaluation is the file's; leave "
                 f"{name} out, or use train=True"
             )
-    if copy_paste is not None and not masks:
-        raise ValueError(
-            "copy_paste cuts objects out along their masks, which masks=False does not read; use masks=True"
-        )
 
 
 def _check_paths_exist(folder: Path, file: Path) -> None:

@@ -118,6 +118,11 @@ class GroupedBatchSampler(Sampler[list[Draw]]):
         self._batch_size = min(batch_size, self._num_draws // world_size)
         self._epoch, self._first_batch = 0, 0
 
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch on one rank: as asked for, or what a small data set gives."""
+        return self._batch_size
+
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose the order and the seeds of the next iteration; call it before every epoch.
 

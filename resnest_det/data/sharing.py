@@ -51,12 +51,16 @@ def once_per_machine(build: Callable[[], DatasetT]) -> DatasetT:
             return _write(dataset, Path(folder))
 
         files = gather_objects(_unless_any_fails(write))
-        # torchrun numbers the processes of a machine one after another, so this is its first one's.
-        file = files[rank() - local_rank()]
-        assert file is not None
-        # Not only weights, but the file is our own, and nobody else could write to it.
-        dataset: DatasetT = _unless_any_fails(lambda: torch.load(file, mmap=True, weights_only=False))
-    return dataset
+
+        def map_file() -> DatasetT:
+            # torchrun numbers the processes of a machine one after another, so this is its first one's.
+            file = files[rank() - local_rank()]
+            assert file is not None
+            # Not only weights, but the file is our own, and nobody else could write to it.
+            dataset: DatasetT = torch.load(file, mmap=True, weights_only=False)
+            return dataset
+
+        return _unless_any_fails(map_file)
 
 
 def _unless_any_fails(step: Callable[[], T]) -> T:

@@ -73,7 +73,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_last(folder: Path) -> dict[str, Any]:
     """Read the newest checkpoint of a run folder that can be read, the same on every process.
 
-    A damaged one is passed over with a warning, and renamed to `damaged.pt`.
+    Damaged ones before it are passed over with a warning, and renamed, such as to `last.pt.damaged`.
 
     Raises:
         FileNotFoundError: there is none.
@@ -83,6 +83,7 @@ def load_last(folder: Path) -> dict[str, Any]:
     paths = [path for path in paths if path.is_file()] or paths[:1]
     content, chosen = None, None
     if rank() == 0:
+        damaged: list[tuple[Path, ValueError]] = []
         for path in paths:
             try:
                 _check_sums(path)
@@ -91,8 +92,10 @@ def load_last(folder: Path) -> dict[str, Any]:
             except ValueError as error:
                 if path == paths[-1]:
                     raise
-                warnings.warn(f"{error}; the run goes on from the checkpoint before it", stacklevel=2)
-                path.replace(folder / "damaged.pt")
+                damaged.append((path, error))
+        for path, reason in damaged:
+            warnings.warn(f"{reason}; the run goes on from the checkpoint before it", stacklevel=2)
+            path.replace(path.with_name(path.name + ".damaged"))
     chosen = gather_objects(chosen)[0]
     assert chosen is not None
     return _checked(chosen, _read(chosen) if content is None else content)

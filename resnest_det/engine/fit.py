@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -174,8 +174,9 @@ def fit(
         broadcast_buffers(measured)
         with stop.at_once(), autocast(precision, device):
             progress.results = evaluate(measured)
+            barrier()  # a signal ends the block on every process or on none
         progress.evaluated = True
-        best = progress.results[best_metric] > progress.best
+        best = progress.results[best_metric] > progress.best or not (run_folder / "best.pt").exists()
         progress.best = max(progress.best, progress.results[best_metric])
         seconds = time.monotonic() - start
         journal.evaluation(progress.results, epoch=progress.epoch, step=progress.step, seconds=seconds, best=best)
@@ -235,8 +236,8 @@ def training_step(
         Each loss as a number, and their sum under "loss".
 
     Raises:
-        FloatingPointError: a loss is not finite, or the gradients' norm where it is clipped; nothing was updated.
-            Gradients of fp16 may overflow, which only leaves out the step, until no scaling is left to blame.
+        FloatingPointError: a loss or the gradients' norm is not finite; nothing was updated. Gradients of fp16 may
+            overflow, which only leaves out the step, until no scaling is left to blame.
     """
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
@@ -259,14 +260,16 @@ def training_step(
             f"the loss is not finite ({parts}) on the images {_names(batches, own)}: look at their annotations, lower "
             f"the learning rate, lengthen the warm-up or clip gradients"
         )
+    scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if not scaler.is_enabled() and not torch.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradients are not finite (norm {norm.item()}) on the images {_names(batches, True)}: lower the "
+            f"learning rate, lengthen the warm-up or look at their annotations"
+        )
     if clip_norm > 0:
-        scaler.unscale_(optimizer)
-        norm = clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
-        if not scaler.is_enabled() and not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradients are not finite (norm {norm.item()}) on the images {_names(batches, True)}: lower the "
-                f"learning rate or lengthen the warm-up"
-            )
+        clip_grads_with_norm_(parameters, clip_norm, norm)
     scaler.step(optimizer)
     scaler.update()
     if scaler.is_enabled() and scaler.get_scale() < _SMALLEST_SCALE:

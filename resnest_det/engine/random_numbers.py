@@ -29,7 +29,7 @@ def random_states() -> list[dict[str, Any]]:
         "python": random.getstate(),
         "numpy": [torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
     return gather_objects(own)
 
@@ -41,5 +41,5 @@ def restore_random_states(states: list[dict[str, Any]]) -> None:
     keys, position, has_gauss, cached = own["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(own["torch"])
-    if torch.cuda.is_available() and own["cuda"] is not None:
+    if torch.cuda.is_initialized() and own["cuda"] is not None:
         torch.cuda.set_rng_state(own["cuda"])

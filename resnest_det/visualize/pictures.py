@@ -115,7 +115,10 @@ def readable_scale(height: int, width: int) -> int:
 
 def as_array(values: Array) -> npt.NDArray[Any]:
     """The values of a tensor on any device, or of an array."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.float() if values.is_floating_point() else values).numpy()  # numpy has no bfloat16
 
 
 def as_picture(image: Array) -> Picture:

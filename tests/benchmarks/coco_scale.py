@@ -212,7 +212,7 @@ def measure_way(way: str, path: Path) -> dict[str, Any] | None:
     with distributed_session("cpu"):
         barrier()
         peak_before, held_before, start = peak_mb(), kernel_mb("self/smaps_rollup", "Pss"), time.perf_counter()
-        dataset: Any = sharing.once_per_machine(lambda: open_file(path)) if shared else open_file(path)  # type: ignore
+        dataset: Any = sharing.once_per_machine(lambda: open_file(path)) if shared else open_file(path)
         barrier()
         seconds, peak = time.perf_counter() - start, peak_mb() - peak_before
         for place in random_places(dataset)[rank() :: 2]:

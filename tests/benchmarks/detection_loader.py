@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 
 from resnest_det.data import CocoDetection, DetectionAugmentation, train_loader
 from resnest_det.data.sample import ensure_sample_dataset
-from tests.benchmarks.coco_parsing import spread
+from tests.benchmarks.coco_scale import spread
 from tests.markdown_tables import table
 
 BATCH_SIZE = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
-from resnest_det.data import CocoDetection, CopyPaste, DetectionAugmentation, Mosaic
+from resnest_det.data import CocoDetection, CopyPaste, DetectionAugmentation, Mosaic, coco
+from resnest_det.data.files import UnreadableImageError
 from resnest_det.data.mixing import AnnotatedImage
 
 # pycocotools' extension module answers NumPy's newer protocol in an older way.
@@ -433,13 +435,45 @@ def test_unreadable_images_are_passed_over(coloured: tuple[Path, Path], name: st
     ("arguments", "message"),
     [
         ({"mosaic": MOSAIC}, "mosaic is given with train=False, but the ground truth of an evaluation is the file's"),
-        ({"copy_paste": COPY_PASTE, "masks": True}, "copy_paste is given with train=False"),
-        ({"copy_paste": COPY_PASTE, "train": True}, "which masks=False does not read; use masks=True"),
+        ({"copy_paste": COPY_PASTE}, "copy_paste is given with train=False"),
     ],
 )
 def test_mixing_that_cannot_be(coloured: tuple[Path, Path], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         CocoDetection(*coloured, **arguments)
+
+
+def test_copy_paste_gives_masks_only_where_they_are_asked_for(coloured: tuple[Path, Path]) -> None:
+    with_masks, without = (
+        CocoDetection(*coloured, train=True, masks=masks, transform=FLIPS, copy_paste=CopyPaste(1))
+        for masks in (True, False)
+    )
+    for seed in range(4):
+        picture, target = load(with_masks, seed, seed)
+        same_picture, same_target = load(without, seed, seed)
+        assert torch.equal(picture, same_picture)
+        assert torch.equal(target.pop("boxes"), same_target.pop("boxes"))
+        assert target.keys() - same_target.keys() == {"masks"}
+
+
+def test_mixing_ends_where_no_other_image_can_be_read(
+    coloured: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = mixed_set(coloured, mosaic=Mosaic(1), on_unreadable="skip")
+    monkeypatch.setattr(coco, "read_rgb", unreadable_after_the_first(coco.read_rgb))
+    with pytest.raises(ValueError, match=f"none of the {NUM_IMAGES} images can be read, such as .*jpg|png"):
+        data.load(0, 1)
+
+
+def unreadable_after_the_first(read: Callable[..., Any]) -> Callable[..., Any]:
+    calls = itertools.count()
+
+    def read_once(*arguments: Any) -> Any:
+        if next(calls):
+            raise UnreadableImageError("gone")
+        return read(*arguments)
+
+    return read_once
 
 
 def test_real_images(real_data: Callable[[str], Path]) -> None:

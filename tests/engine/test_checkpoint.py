@@ -57,7 +57,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match=r"last.pt is damaged.*goes on from the checkpoint before it"):
         state = load_last(tmp_path)
     assert (state["step"], state["x"][0]) == (1, 1.0)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["damaged.pt", "last-1.pt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last-1.pt", "last.pt.damaged"]
     save_last(tmp_path, {"step": 2}, keep=2, replace=False)
     assert (load_last(tmp_path)["step"], load_checkpoint(tmp_path / "last-1.pt")["step"]) == (2, 1)
 
@@ -65,8 +65,20 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> Non
 def test_every_checkpoint_is_damaged(tmp_path: Path) -> None:
     for name in ("last.pt", "last-1.pt"):
         (tmp_path / name).write_text("no checkpoint")
-    with pytest.warns(UserWarning, match="last.pt is damaged"), pytest.raises(ValueError, match="last-1.pt is damaged"):
+    with pytest.raises(ValueError, match="last-1.pt is damaged"):
         load_last(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last-1.pt", "last.pt"]
+
+
+def test_two_damaged_checkpoints_are_both_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_last(tmp_path, {"step": step}, keep=3, replace=False)
+    for name in ("last.pt", "last-1.pt"):
+        (tmp_path / name).write_text(name)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert load_last(tmp_path)["step"] == 1
+    assert (tmp_path / "last.pt.damaged").read_text() == "last.pt"
+    assert (tmp_path / "last-1.pt.damaged").read_text() == "last-1.pt"
 
 
 def test_where_links_are_unknown_the_former_checkpoint_is_copied(

@@ -374,7 +374,10 @@ def test_non_finite_loss_names_the_images_and_keeps_the_checkpoint(tmp_path: Pat
     assert all(torch.isfinite(value).all() for value in content["model"].values())
 
 
-def test_non_finite_gradients_where_they_are_clipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_non_finite_gradients_of_a_finite_loss(
+    clip_norm: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Toy()
     model.register_parameter("root", nn.Parameter(torch.zeros(())))
     forward = model.forward
@@ -392,9 +395,11 @@ def test_non_finite_gradients_where_they_are_clipped(tmp_path: Path, monkeypatch
             journal=Journal(tmp_path),
             evaluate=Scores(0.1),
             best_metric="AP",
-            clip_norm=1.0,
+            clip_norm=clip_norm,
+            checkpoint_steps=1,
         )
     assert model.root == 0
+    assert not (tmp_path / "last.pt").exists()
 
 
 def test_clipping_bounds_the_step(tmp_path: Path) -> None:
