@@ -292,6 +292,10 @@ class _Annotation(msgspec.Struct, gc=False):
     iscrowd: int | bool = 0
 
 
+class _UndecodedAnnotation(_Annotation, gc=False):
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")
+
+
 class _SegmentedAnnotation(_Annotation, gc=False):
     segmentation: Segmentation = None
 
@@ -356,24 +360,23 @@ def _read(path: Path, masks: bool) -> _Content:
     areas = np.empty(num_annotations)
     iscrowd = np.empty(num_annotations, np.bool_)
     segmentations = SegmentationReader() if masks else None
-    kind = _SegmentedAnnotation if masks else _Annotation
-    decode = msgspec.json.Decoder(kind).decode
+    decode = msgspec.json.Decoder(_UndecodedAnnotation if masks else _Annotation).decode
     for start in range(0, num_annotations, _CHUNK):
         part = slice(start, start + _CHUNK)
         try:
             chunk = [decode(raw) for raw in document.annotations[part]]
+            if segmentations is not None:
+                for annotation in chunk:
+                    assert isinstance(annotation, _UndecodedAnnotation)
+                    segmentations.add(annotation.segmentation)
         except (msgspec.ValidationError, UnicodeDecodeError):
-            _raise_annotation_error(path, document.annotations, kind)
+            _raise_annotation_error(path, document.annotations, _SegmentedAnnotation if masks else _Annotation)
         ids[part] = [annotation.id for annotation in chunk]
         named_images[part] = [annotation.image_id for annotation in chunk]
         category_ids[part] = [annotation.category_id for annotation in chunk]
         boxes_xywh[part] = [annotation.bbox for annotation in chunk]
         areas[part] = [a.bbox[2] * a.bbox[3] if a.area is None else a.area for a in chunk]
         iscrowd[part] = [bool(annotation.iscrowd) for annotation in chunk]
-        if segmentations is not None:
-            for annotation in chunk:
-                assert isinstance(annotation, _SegmentedAnnotation)
-                segmentations.add(annotation.segmentation)
     sizes = np.array([(i.width, i.height) for i in document.images], np.int64).reshape(-1, 2)
     image_indices = _places(named_images, image_ids)
     return _Content(

@@ -1,14 +1,15 @@
-"""COCO's segmentations as a few tensors, and the pixels they stand for.
+"""COCO's segmentations as the text they are in the file, and the pixels they stand for.
 
-Polygons keep their coordinates as float64: pycocotools rounds them to fifths of a pixel, and a coordinate such as
-10.3, half-way between two of them, would fall to the other side as float32. Run lengths, of crowd regions mostly,
-are kept as pycocotools' compressed strings, lists of counts being compressed first.
+Segmentations are most of a COCO file. Each is decoded once when the file is read, to check it, and again when its mask
+is wanted: as text they take no more room than as numbers, and the file opens in half of the time.
+
+Polygons become float64: pycocotools rounds coordinates to fifths of a pixel, and one such as 10.3, half-way between two
+of them, would fall to the other side as float32.
 """
 
 from __future__ import annotations
 
 from array import array
-from itertools import pairwise
 from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
@@ -35,20 +36,30 @@ class RunLengths(msgspec.Struct, gc=False):
 Segmentation: TypeAlias = list[list[float]] | RunLengths | None
 Mistake: TypeAlias = tuple[NDArray[np.bool_], str]  # the annotations that are wrong (A,), and the rule
 
+_decode = msgspec.json.Decoder(Segmentation).decode
+# The same with the rules that a decoder can check, which is quicker than to check them afterwards.
+_Coordinate: TypeAlias = Annotated[float, msgspec.Meta(ge=-_MAX_COORDINATE, le=_MAX_COORDINATE)]
+_Polygon: TypeAlias = Annotated[list[_Coordinate], msgspec.Meta(min_length=6)]
+_decode_strictly = msgspec.json.Decoder(Annotated[list[_Polygon], msgspec.Meta(min_length=1)] | RunLengths).decode
+
+_RULES = (
+    "segmentation is missing or empty; masks need polygons or run lengths",
+    "a polygon of segmentation needs at least 3 points, written x, y, x, y ...",
+    f"the coordinates of segmentation must be within ± {_MAX_COORDINATE:g} pixels",
+    "the run lengths of segmentation must be numbers from 0 that add up to its height x width",
+)
+_MISSING, _POINTS, _FAR, _COUNTS = (1 << number for number in range(len(_RULES)))  # broken rules of an annotation
+
 
 class Segmentations(NamedTuple):
-    """The segmentations of A annotations; each is either polygons or run lengths."""
+    """The segmentations of A annotations."""
 
-    coordinates: Tensor  # float64 (C,): x, y, x, y ... in pixels, polygon after polygon
-    polygon_offsets: Tensor  # int64 (P + 1,): where each polygon begins among the coordinates
-    run_lengths: Tensor  # uint8 (B,): compressed strings, one after the other
-    is_run_lengths: Tensor  # bool (A,)
-    spans: Tensor  # int64 (A, 2): the first and the one after the last of its polygons, or of its string's bytes
+    text: Tensor  # uint8 (B,): their JSON, one after the other
+    spans: Tensor  # int64 (A, 2): where each begins and ends in the text
 
     def select(self, annotations: NDArray[np.int64]) -> Segmentations:
-        """Those of the annotations at these places, in this order; polygons and strings stay where they are."""
-        places = torch.from_numpy(annotations)
-        return self._replace(is_run_lengths=self.is_run_lengths[places], spans=self.spans[places])
+        """Those of the annotations at these places, in this order; the text stays as it is."""
+        return self._replace(spans=self.spans[torch.from_numpy(annotations)])
 
     def rasterise(self, first: int, last: int, height: int, width: int) -> NDArray[np.uint8]:
         """The masks of the annotations first to last - 1, of 0 and 1, (N, height, width): pycocotools' annToMask."""
@@ -59,51 +70,56 @@ class Segmentations(NamedTuple):
 
     def _encoded(self, annotation: int, height: int, width: int) -> dict[str, object]:
         """One annotation's mask as pycocotools' compressed run lengths."""
-        first, last = self.spans[annotation].tolist()
-        if self.is_run_lengths[annotation]:
-            return {"size": [height, width], "counts": self.run_lengths[first:last].numpy().tobytes()}
-        offsets = self.polygon_offsets[first : last + 1].tolist()
-        polygons = [self.coordinates[begin:end].numpy() for begin, end in pairwise(offsets)]
+        begin, end = self.spans[annotation].tolist()
+        segmentation = _decode(self.text[begin:end].numpy().tobytes())
+        assert segmentation is not None  # by the rules
+        if isinstance(segmentation, RunLengths):
+            return {"size": [height, width], "counts": _compressed(segmentation)}
+        polygons = [np.array(polygon) for polygon in segmentation]
         return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
 class SegmentationReader:
-    """Gathers segmentations in the file's order, keeping no Python object of any."""
+    """Checks segmentations in the file's order and gathers their text, keeping no Python object of any."""
 
     def __init__(self) -> None:
-        self._coordinates = array("d")
-        self._polygon_offsets = array("q", [0])
-        self._run_lengths = bytearray()
-        self._spans = array("q")
+        self._text = bytearray()
+        self._ends = array("q")
         self._sizes = array("q")  # height and width of a run-length mask, 0 and 0 for polygons
-        self._is_broken = bytearray()  # 1 where the counts do not make a mask
+        self._broken_rules = bytearray()
 
-    def add(self, segmentation: Segmentation) -> None:
-        """Take up the next annotation's."""
+    def add(self, text: msgspec.Raw) -> None:
+        """Take up the next annotation's.
+
+        Raises:
+            msgspec.ValidationError: it is of another form than a segmentation.
+        """
+        try:
+            segmentation: Segmentation = _decode_strictly(text)
+            is_checked = True
+        except msgspec.ValidationError:
+            segmentation = _decode(text)
+            is_checked = False
+        size = (0, 0)
         if isinstance(segmentation, RunLengths):
-            compressed = _compressed(segmentation)
-            first = len(self._run_lengths)
-            self._run_lengths += compressed or b""
-            self._spans.extend((first, len(self._run_lengths)))
-            self._sizes.extend(segmentation.size)
-            self._is_broken.append(compressed is None)
+            size = segmentation.size
+            broken = 0 if _compressed(segmentation) else _COUNTS
+        elif is_checked and segmentation:
+            broken = _POINTS if any(len(polygon) % 2 for polygon in segmentation) else 0
         else:
-            first = len(self._polygon_offsets) - 1
-            for polygon in segmentation or ():
-                self._coordinates.fromlist(polygon)
-                self._polygon_offsets.append(len(self._coordinates))
-            self._spans.extend((first, len(self._polygon_offsets) - 1))
-            self._sizes.extend((0, 0))
-            self._is_broken.append(0)
+            broken = _broken_rules(segmentation)
+        self._text += text
+        self._ends.append(len(self._text))
+        self._sizes.extend(size)
+        self._broken_rules.append(broken)
 
     def segmentations(self) -> Segmentations:
         """All of them. Only those without mistakes can be rasterised."""
+        ends = np.array(self._ends, np.int64)
         return Segmentations(
-            coordinates=torch.from_numpy(np.asarray(self._coordinates)),  # not copied: the bulk of it all
-            polygon_offsets=torch.from_numpy(np.array(self._polygon_offsets, np.int64)),
-            run_lengths=torch.from_numpy(np.array(self._run_lengths, np.uint8)),
-            is_run_lengths=torch.from_numpy(_pairs(self._sizes)[:, 0] > 0),
-            spans=torch.from_numpy(_pairs(self._spans)),
+            # Not copied, as it is the bulk of it all; an empty buffer is refused.
+            text=torch.frombuffer(self._text or bytearray(1), dtype=torch.uint8),
+            spans=torch.from_numpy(np.stack((np.concatenate(([0], ends))[:-1], ends), axis=1)),
         )
 
     def mistakes(self, image_sizes: NDArray[np.int64], image_indices: NDArray[np.int64]) -> list[Mistake]:
@@ -116,42 +132,27 @@ class SegmentationReader:
         Returns:
             Every rule, with the annotations that break it.
         """
-        spans, sizes = _pairs(self._spans), _pairs(self._sizes)
-        is_run_lengths = sizes[:, 0] > 0
-        with_polygons = np.flatnonzero(~is_run_lengths)
-
-        def owners(polygons: NDArray[np.int64]) -> NDArray[np.bool_]:
-            wrong = np.zeros(len(spans), np.bool_)
-            wrong[with_polygons[np.searchsorted(spans[with_polygons, 1], polygons, side="right")]] = True
-            return wrong
-
-        offsets = np.array(self._polygon_offsets, np.int64)
-        lengths = np.diff(offsets)
-        short_or_odd = np.flatnonzero((lengths < 6) | (lengths % 2 == 1))
-        coordinates = np.asarray(self._coordinates)
-        far = np.flatnonzero((coordinates > _MAX_COORDINATE) | (coordinates < -_MAX_COORDINATE))
-        resized = is_run_lengths & (image_indices >= 0)
+        broken = np.array(self._broken_rules, np.uint8)
+        sizes = np.array(self._sizes, np.int64).reshape(-1, 2)
+        resized = (sizes[:, 0] > 0) & (image_indices >= 0)
         resized[resized] = (sizes[resized, ::-1] != image_sizes[image_indices[resized]]).any(axis=1)
         return [
-            (
-                ~is_run_lengths & (spans[:, 0] == spans[:, 1]),
-                "segmentation is missing or empty; masks need polygons or run lengths",
-            ),
-            (owners(short_or_odd), "a polygon of segmentation needs at least 3 points, written x, y, x, y ..."),
-            (
-                owners(np.searchsorted(offsets, far, side="right") - 1),
-                f"the coordinates of segmentation must be within ± {_MAX_COORDINATE:g} pixels",
-            ),
-            (
-                np.array(self._is_broken, np.bool_),
-                "the run lengths of segmentation must be numbers from 0 that add up to its height x width",
-            ),
+            *((broken & (1 << number) > 0, rule) for number, rule in enumerate(_RULES)),
             (resized, "the size of a run-length segmentation must be the [height, width] of its image"),
         ]
 
 
-def _pairs(numbers: array[int]) -> NDArray[np.int64]:
-    return np.array(numbers, np.int64).reshape(-1, 2)
+def _broken_rules(polygons: list[list[float]] | None) -> int:
+    """What is wrong with polygons, as bits."""
+    if not polygons:
+        return _MISSING
+    broken = 0
+    for polygon in polygons:
+        if len(polygon) < 6 or len(polygon) % 2:
+            broken |= _POINTS
+        if polygon and not -_MAX_COORDINATE <= min(polygon) <= max(polygon) <= _MAX_COORDINATE:
+            broken |= _FAR
+    return broken
 
 
 def _compressed(run_lengths: RunLengths) -> bytes | None:
