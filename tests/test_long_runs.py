@@ -21,7 +21,7 @@ from resnest_det.data.sample import write_sample_dataset
 from resnest_det.engine import load_checkpoint, read_metrics
 from tests.tiny_configs import finish, start, write_detection_config
 
-EPOCHS = 8
+EPOCHS = 6
 ARGUMENTS = [f"optim.epochs={EPOCHS}", "optim.ema_decay=0.9", "run.checkpoint_steps=2", "data.num_workers=1"]
 
 
@@ -97,7 +97,7 @@ def killed_run(sample: Path, folder: Path, processes: int, seconds: float) -> Pa
     return run
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_resumed(processes: int, sample: Path, tmp_path: Path) -> None:
     whole, seconds = whole_run(sample, tmp_path, processes)
     check_same_run(whole, killed_run(sample, tmp_path, processes, 0.4 * seconds))
