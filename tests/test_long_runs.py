@@ -11,14 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 import train_det
 from resnest_det.data.sample import write_sample_dataset
-from resnest_det.engine import load_checkpoint, read_metrics
+from resnest_det.engine import load_checkpoint
+from tests.same_run import check_same_run
 from tests.tiny_configs import finish, start, write_detection_config
 
 EPOCHS = 6
@@ -30,32 +29,6 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "sample"
     write_sample_dataset(folder, num_train=16, num_val=4)
     return folder
-
-
-def same(one: Any, other: Any) -> bool:
-    """Equal to the last bit, with tensors at any depth."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-def check_same_run(one: Path, other: Path) -> None:
-    for name in ("last.pt", "best.pt"):
-        contents = [load_checkpoint(folder / name) for folder in (one, other)]
-        for key in contents[0].keys() - {"journal"}:  # which has times
-            assert same(contents[0][key], contents[1][key]), f"{name}: {key}"
-    records = [
-        [
-            {key: value for key, value in record.items() if not re.search("seconds$|memory", key)}
-            for record in read_metrics(folder / "metrics.jsonl")
-        ]
-        for folder in (one, other)
-    ]
-    assert records[0] == records[1]
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:

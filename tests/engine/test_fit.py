@@ -27,6 +27,7 @@ from resnest_det.engine import (
     new_run_folder,
     read_metrics,
 )
+from tests.same_run import check_same_state, read_lines
 
 fit_module = sys.modules["resnest_det.engine.fit"]  # as an attribute of its package, the name is the function's
 
@@ -117,31 +118,6 @@ def run(
     return model, results
 
 
-def same_state(one: Any, other: Any, path: str = "") -> None:
-    """Two checkpoints are equal to the last bit, but for the times that the journal keeps."""
-    assert type(one) is type(other), path
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one.keys() - {"journal"}:
-            same_state(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for number, (item, another) in enumerate(zip(one, other, strict=True)):
-            same_state(item, another, f"{path}.{number}")
-    else:
-        assert one == other, path
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says, without times and memory, which differ from run to run."""
-    return [
-        {key: value for key, value in record.items() if not re.search("seconds$|_per_second$|memory", key)}
-        for record in read_metrics(folder / "metrics.jsonl")
-    ]
-
-
 def test_writes_the_run_folder(tmp_path: Path) -> None:
     model, results = run(tmp_path)
     assert results == {"AP": 0.25, "AP50": 1.0}
@@ -199,8 +175,8 @@ def test_a_resumed_run_equals_an_unbroken_one(broken_at: int, tmp_path: Path) ->
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
     for name in ("last.pt", "best.pt"):
-        same_state(load_checkpoint(tmp_path / "whole" / name), load_checkpoint(tmp_path / "broken" / name))
-    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+        check_same_state(load_checkpoint(tmp_path / "whole" / name), load_checkpoint(tmp_path / "broken" / name))
+    assert read_lines(tmp_path / "whole") == read_lines(tmp_path / "broken")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -223,10 +199,10 @@ def test_a_signal_ends_the_step_and_what_is_resumed_equals_an_unbroken_run(
         run(tmp_path / "broken", batches=Signalled(), **arguments)
     resumed, resumed_results = run(tmp_path / "broken", resume=True, **arguments)
     assert resumed_results == results
-    same_state(whole.state_dict(), resumed.state_dict())
+    check_same_state(whole.state_dict(), resumed.state_dict())
     for name in ("last.pt", "best.pt"):
-        same_state(load_checkpoint(tmp_path / "whole" / name), load_checkpoint(tmp_path / "broken" / name))
-    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+        check_same_state(load_checkpoint(tmp_path / "whole" / name), load_checkpoint(tmp_path / "broken" / name))
+    assert read_lines(tmp_path / "whole") == read_lines(tmp_path / "broken")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
