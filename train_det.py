@@ -23,9 +23,10 @@ from resnest_det.build import build_coco_set, build_detector, build_optimizer, b
 from resnest_det.config import Command, DetectionSettings
 from resnest_det.data import CocoDetection, eval_loader, once_per_machine, train_loader
 from resnest_det.distributed import describe_processes, images_to_device, rank
-from resnest_det.engine import autocast, check_class_names, fit, seed_random_numbers
+from resnest_det.engine import autocast, check_class_names, fit, seed_random_numbers, unsharded
 from resnest_det.evaluation import CocoMeanAveragePrecision, evaluate
 from resnest_det.experiment import (
+    average_and_shard,
     describe_model,
     find_checkpoint,
     load_best,
@@ -82,6 +83,7 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
     )
     model = build_detector(settings.model, train_set.num_classes, load_weights=not command.resume)
     place_model(model, settings, device)
+    average = average_and_shard(model, settings, device)
     batch_size = batches.batch_sampler.batch_size  # type: ignore[union-attr]  # of a small data set less than asked for
     check_batch_size(model, batch_size)
     optimizer, scheduler = build_optimizer(settings.optim, model, batches_per_epoch=len(batches), batch_size=batch_size)
@@ -123,10 +125,10 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
             evaluate=measure_in_training,
             best_metric="AP",
             evaluate_every=settings.eval.every,
+            average=average,
             precision=settings.run.precision,
             accumulate=settings.optim.accumulate,
             clip_norm=settings.optim.clip_norm,
-            ema_decay=settings.optim.ema_decay,
             checkpoint_steps=settings.run.checkpoint_steps,
             checkpoint_minutes=settings.run.checkpoint_minutes,
             keep_last=settings.run.keep_last,
@@ -135,15 +137,17 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
         )
 
         epoch = load_best(model, folder)
-        if command.resume or epoch < settings.optim.epochs:
-            with autocast(settings.run.precision, device):
-                results = measure(model)
+        with unsharded(model):
+            if command.resume or epoch < settings.optim.epochs:
+                with autocast(settings.run.precision, device):
+                    results = measure(model)
+            sheet = picture(model) if rank() == 0 else None
         print(f"best checkpoint, after epoch {epoch}:\n{metric.table()}")
         report_skipped(train_set, val_set)
         if rank() == 0:
             write_results(folder / "results.json", settings.eval, results, metric.per_class())
             write_curves(folder)
-            save_picture(picture(model), folder / "predictions.png")
+            save_picture(sheet, folder / "predictions.png")
 
 
 def evaluate_only(command: Command[DetectionSettings], checkpoint: Path, device: torch.device) -> None:

@@ -36,6 +36,7 @@ KEYS_FREE_ON_RESUME = frozenset(
         "run.keep_last",
         "run.logger",
         "run.num_pictures",
+        "run.parallel",
         "run.tensorboard",
     }
 )
@@ -69,6 +70,11 @@ class RunSettings(Section):
     compile: bool = Field(
         False, description="Compile the backbone with torch.compile: a slow first step, then faster ones."
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="What each of several processes holds: the whole model (DistributedDataParallel), or its shards of "
+        "the weights, gradients and optimiser state (FSDP2).",
+    )
     deterministic: bool = Field(
         False, description="Use deterministic algorithms on GPUs too, and warn of operations that have none."
     )
@@ -82,6 +88,14 @@ class RunSettings(Section):
         description='Function "package.module:name" that makes a hook for another tracker, see docs/journal.md; "" for '
         "none.",
     )
+
+    @field_validator("parallel")
+    @classmethod
+    def _fsdp_goes_with(cls, parallel: str, info: ValidationInfo) -> str:
+        for key in ("channels_last", "compile"):
+            if parallel == "fsdp" and info.data.get(key):
+                raise ValueError(f"fsdp does not go with run.{key}=true: use run.{key}=false, or run.parallel=ddp")
+        return parallel
 
 
 class SampleSettings(Section):

@@ -6,18 +6,16 @@ processes are started by torchrun, whose environment variables say which of them
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -127,33 +125,6 @@ def mean_tensor_over_processes(value: Tensor) -> Tensor:
     mean = value.detach().clone()
     dist.all_reduce(mean)
     return mean / world_size()
-
-
-def data_parallel(model: nn.Module, device: torch.device, *, broadcast_buffers: bool) -> nn.Module:
-    """The model as each process trains it: its gradients are averaged over the processes while they are computed.
-
-    In a single process it is the model itself. Every trainable parameter must take part in each step's losses.
-
-    Args:
-        model: on `device`, the same on every process.
-        device: of this process.
-        broadcast_buffers: whether every step begins with the first process's buffers.
-    """
-    if world_size() == 1:
-        return model
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **{name: broadcast_buffers},  # type: ignore[arg-type]
-    )
-
-
-def without_gradient_exchange(model: nn.Module) -> AbstractContextManager[None]:
-    """A block in which a model of data_parallel only adds up its own gradients, to be exchanged after it."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+from resnest_det.backbones import Stage
 from resnest_det.config import (
     Command,
     DetectionSettings,
@@ -46,13 +47,16 @@ from resnest_det.distributed import (
 from resnest_det.engine import (
     Interrupted,
     Journal,
+    ModelAverage,
     check_class_names,
     describe_trainable,
     load_checkpoint,
     load_last,
+    load_whole_state,
     new_run_folder,
     read_metrics,
     recompute_batch_norms,
+    shard,
 )
 from resnest_det.engine.interruption import StopSignals
 from resnest_det.engine.journal import Hook, load_hook
@@ -221,6 +225,24 @@ def place_model(
     return model
 
 
+def average_and_shard(
+    model: nn.Module, settings: DetectionSettings | SegmentationSettings, device: torch.device
+) -> ModelAverage | None:
+    """The moving average of a model's weights, where optim.ema_decay asks for it.
+
+    With run.parallel=fsdp the model and its average are then sharded, by the backbone's stages; the optimiser is made
+    afterwards.
+
+    Raises:
+        ValueError: run.parallel=fsdp in a single process.
+    """
+    average = ModelAverage(model, settings.optim.ema_decay) if settings.optim.ema_decay else None
+    if settings.run.parallel == "fsdp":
+        for whole in (model, average.model) if average else (model,):
+            shard(whole, [module for module in whole.modules() if isinstance(module, Stage)], device)
+    return average
+
+
 def describe_model(model: nn.Module, batch_size: int) -> str:
     """What is trained and how it is normalised, for the start of a run; what may hurt is warned of.
 
@@ -253,7 +275,7 @@ def load_best(model: nn.Module, folder: Path) -> int:
         The epochs after which they were measured.
     """
     best = load_checkpoint(folder / "best.pt")
-    model.load_state_dict(best["ema"]["model"] if "ema" in best else best["model"])
+    load_whole_state(model, best["ema"]["model"] if "ema" in best else best["model"])
     epochs: int = best["epoch"]
     return epochs
 

@@ -461,7 +461,7 @@ def test_resume_with_the_same_config_and_free_keys(
 ) -> None:
     free = ["run.device=cpu", "data.num_workers=0", "data.root=/moved/coco", "run.checkpoint_steps=7"]
     free += ["run.checkpoint_minutes=0.5", "run.keep_last=3", "run.logger=a:b", "run.num_pictures=1"]
-    free += ["run.tensorboard=true"]
+    free += ["run.tensorboard=true", "run.parallel=fsdp"]
     assert {override.partition("=")[0] for override in free} == KEYS_FREE_ON_RESUME
     for arguments in (free, [config, *free], ["optim.lr=0.01", *free, f"run.dir={run_folder}"]):
         command = parse("--resume", run_folder, *arguments)
@@ -476,7 +476,7 @@ def test_resume_with_other_settings_lists_them(parse: Callable[..., Command], ru
     assert heading == (
         f"resume with other settings: {run_folder} was begun with others than those given. Leave them out, or start "
         f"a new run; only data.num_workers, data.root, run.checkpoint_minutes, run.checkpoint_steps, run.device, "
-        f"run.keep_last, run.logger, run.num_pictures, run.tensorboard may change:"
+        f"run.keep_last, run.logger, run.num_pictures, run.parallel, run.tensorboard may change:"
     )
     assert lines == [
         f'  run.dir: the run has "{run_folder}", given is "b"',
@@ -684,6 +684,11 @@ def test_segmentation_has_defaults_of_its_own(tmp_path: Path) -> None:
             "eval.max_side = 500 (command line): must be at least eval.short_side, which is 520, or 0",
         ),
         ("eval={window=64, window_stride=65}", "window_stride = 65*must be at most eval.window, which is 64"),
+        (
+            "run={channels_last=true, parallel='fsdp'}",
+            "fsdp does not go with run.channels_last=true: use run.channels_last=f",
+        ),
+        ("run={compile=true, parallel='fsdp'}", "fsdp does not go with run.compile=true: use run.compile=false, or"),
         ("optim.poly_power=0", "optim.poly_power = 0 (command line): must be a finite float > 0"),
     ],
 )

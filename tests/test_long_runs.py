@@ -45,10 +45,11 @@ def caught_signals(pid: int) -> set[str]:
     return {number.name for number in signal.Signals if int(mask, 16) >> (number - 1) & 1}
 
 
-def whole_run(sample: Path, folder: Path, processes: int) -> tuple[Path, float]:
+def whole_run(sample: Path, folder: Path, processes: int, *arguments: str) -> tuple[Path, float]:
     """An unbroken run, and the seconds from its first checkpoint to its end."""
     config = write_detection_config(folder / "whole.toml", sample=sample, run=folder / "whole")
-    process = start("train_det.py", config, *ARGUMENTS, f"data.batch_size={4 // processes}", processes=processes)
+    arguments = (*ARGUMENTS, f"data.batch_size={4 // processes}", *arguments)
+    process = start("train_det.py", config, *arguments, processes=processes)
     wait_for(folder / "whole" / "last.pt", process)
     begin = time.monotonic()
     printed, _ = process.communicate(timeout=300)
@@ -56,11 +57,12 @@ def whole_run(sample: Path, folder: Path, processes: int) -> tuple[Path, float]:
     return folder / "whole", time.monotonic() - begin
 
 
-def killed_run(sample: Path, folder: Path, processes: int, seconds: float) -> Path:
+def killed_run(sample: Path, folder: Path, processes: int, seconds: float, *arguments: str) -> Path:
     """A run killed that long after its first checkpoint, then resumed to its end."""
     run = folder / "killed"
     config = write_detection_config(folder / "killed.toml", sample=sample, run=run)
-    process = start("train_det.py", config, *ARGUMENTS, f"data.batch_size={4 // processes}", processes=processes)
+    arguments = (*ARGUMENTS, f"data.batch_size={4 // processes}", *arguments)
+    process = start("train_det.py", config, *arguments, processes=processes)
     wait_for(run / "last.pt", process)
     time.sleep(seconds)
     assert process.poll() is None, "it came to its end before it was killed"
@@ -70,10 +72,16 @@ def killed_run(sample: Path, folder: Path, processes: int, seconds: float) -> Pa
     return run
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_killed_and_resumed(processes: int, sample: Path, tmp_path: Path) -> None:
-    whole, seconds = whole_run(sample, tmp_path, processes)
-    check_same_run(whole, killed_run(sample, tmp_path, processes, 0.4 * seconds))
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallel"),
+    [pytest.param(1, "ddp", marks=SLOW), (2, "ddp"), pytest.param(2, "fsdp", marks=SLOW)],
+)
+def test_killed_and_resumed(processes: int, parallel: str, sample: Path, tmp_path: Path) -> None:
+    whole, seconds = whole_run(sample, tmp_path, processes, f"run.parallel={parallel}")
+    check_same_run(whole, killed_run(sample, tmp_path, processes, 0.4 * seconds, f"run.parallel={parallel}"))
 
 
 @pytest.mark.slow

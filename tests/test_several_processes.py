@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_det
 import train_seg
@@ -66,3 +67,20 @@ def test_a_run_of_two_processes(sample: Path, tmp_path: Path) -> None:
     files = {"best.pt", "config.toml", "curves.png", "last-1.pt", "last.pt"}
     files |= {"metrics.jsonl", "predictions.png", "results.json"}
     assert {file.name for file in (tmp_path / "run").iterdir()} == files
+
+
+def test_a_run_that_is_sharded(sample: Path, tmp_path: Path) -> None:
+    """Steps of two batches, an average, clipped gradients, frozen stages, and an evaluation of unequal parts."""
+    run = tmp_path / "run"
+    config = write_segmentation_config(tmp_path / "seg.toml", sample=sample / "ade20k", run=run)
+    arguments = ["run.parallel=fsdp", "run.channels_last=false", "model.trainable_stages=4", "data.batch_size=2"]
+    arguments += ["optim.accumulate=2", "optim.ema_decay=0.9", "optim.clip_norm=1.0", "eval.precise_bn=2"]
+    finish("train_seg.py", config, *arguments, processes=2)
+    last = load_checkpoint(run / "last.pt")
+    assert last["step"] == 6
+    weights, averages = (state["classifier.weight"] for state in (last["model"], last["ema"]["model"]))
+    assert not torch.equal(weights, averages)
+    folder = tmp_path / "again"
+    assert train_seg.main(["--eval-only", str(run / "best.pt"), f"run.dir={folder}"]) == 0
+    (written,) = folder.glob("results_*.json")
+    assert json.loads(written.read_text()) == json.loads((run / "results.json").read_text())

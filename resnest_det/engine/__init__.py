@@ -6,6 +6,7 @@ from resnest_det.engine.interruption import Interrupted
 from resnest_det.engine.journal import Journal, new_run_folder, read_metrics
 from resnest_det.engine.model_average import ModelAverage
 from resnest_det.engine.optim import create_optimizer, create_schedule, describe_trainable, scaled_learning_rate
+from resnest_det.engine.parallel import load_whole_state, shard, unsharded
 from resnest_det.engine.precise_bn import recompute_batch_norms
 from resnest_det.engine.precision import autocast
 from resnest_det.engine.random_numbers import seed_random_numbers
@@ -22,10 +23,13 @@ __all__ = [
     "fit",
     "load_checkpoint",
     "load_last",
+    "load_whole_state",
     "new_run_folder",
     "read_metrics",
     "recompute_batch_norms",
     "save_checkpoint",
     "scaled_learning_rate",
     "seed_random_numbers",
+    "shard",
+    "unsharded",
 ]

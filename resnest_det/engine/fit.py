@@ -25,19 +25,25 @@ from resnest_det.distributed import (
     any_process,
     barrier,
     broadcast_buffers,
-    data_parallel,
     gather_objects,
     images_to_device,
     mean_over_processes,
     rank,
     to_device,
-    without_gradient_exchange,
     world_size,
 )
 from resnest_det.engine.checkpoint import save_checkpoint, save_last
 from resnest_det.engine.interruption import Interrupted, StopSignals
 from resnest_det.engine.journal import Journal
 from resnest_det.engine.model_average import ModelAverage
+from resnest_det.engine.parallel import (
+    data_parallel,
+    load_whole_state,
+    unsharded,
+    whole_state,
+    whole_tensor,
+    without_gradient_exchange,
+)
 from resnest_det.engine.precision import PrecisionName, autocast, gradient_scaler
 from resnest_det.engine.random_numbers import random_states, restore_random_states
 from resnest_det.layers.norm import uses_batch_statistics
@@ -81,10 +87,10 @@ def fit(
     evaluate: Callable[[nn.Module], dict[str, float]],
     best_metric: str,
     evaluate_every: int = 1,
+    average: ModelAverage | None = None,
     precision: PrecisionName = "fp32",
     accumulate: int = 1,
     clip_norm: float = 0.0,
-    ema_decay: float = 0.0,
     checkpoint_steps: int = 0,
     checkpoint_minutes: float = 0.0,
     keep_last: int = 2,
@@ -101,7 +107,8 @@ def fit(
     averaged over them, losses too, and the first one writes.
 
     Args:
-        model: on `device`. In training `model(images, targets)` returns a dict of losses, which are summed.
+        model: on `device`, sharded or not. In training `model(images, targets)` returns a dict of losses, which are
+            summed.
         loader: yields (images, targets, names): uint8 images, targets of tensors, file names for error messages.
             Its batch_sampler has set_epoch(epoch, first_batch).
         optimizer: of the model's parameters.
@@ -113,10 +120,10 @@ def fit(
         evaluate: measures a model; its results are numbers by name, the same on every process.
         best_metric: the result that the best checkpoint is chosen by, higher is better.
         evaluate_every: epochs between evaluations; the last epoch is evaluated in any case.
+        average: of the model, which follows it step by step and is evaluated in its place.
         precision: see autocast; fp16's losses are scaled.
         accumulate: batches whose gradients are averaged for one optimiser step; at an epoch's end there may be fewer.
         clip_norm: bound of the gradients' norm over all parameters; 0 for none.
-        ema_decay: of the weights' moving average, see ModelAverage, which then is what is evaluated; 0 for none.
         checkpoint_steps: optimiser steps between checkpoints within an epoch; 0 for none.
         checkpoint_minutes: time between checkpoints within an epoch; 0 for none.
         keep_last: checkpoints kept besides the best, the last one included.
@@ -135,7 +142,6 @@ def fit(
         OSError: a checkpoint could not be written; the one before it is intact.
         ValueError: the checkpoint is of another model, data set or number of processes.
     """
-    average = ModelAverage(model, ema_decay) if ema_decay else None
     scaler = gradient_scaler(precision, device)
     state: dict[str, Any] = {
         "model": model,
@@ -156,11 +162,11 @@ def fit(
     model.train()
     # Where norms keep statistics of their own process, all go on from those of the first, which are the ones saved.
     own_statistics = any(uses_batch_statistics(module) for module in model.modules())
-    trained = data_parallel(model, device, broadcast_buffers=own_statistics)
+    trained = data_parallel(model, device, sync_buffers=own_statistics)
 
     def checkpoint(*, best: bool = False) -> None:
         nonlocal saved_step, saved_at
-        content: dict[str, Any] = {name: item.state_dict() for name, item in state.items()}
+        content: dict[str, Any] = {name: whole_state(item.state_dict()) for name, item in state.items()}
         content |= {"random": random_states(), **asdict(progress), **shape, **(extra or {})}
         if rank() == 0:
             if best:
@@ -172,7 +178,7 @@ def fit(
     def evaluate_and_save() -> None:
         start = time.monotonic()
         broadcast_buffers(measured)
-        with stop.at_once(), autocast(precision, device):
+        with stop.at_once(), unsharded(measured), autocast(precision, device):
             progress.results = evaluate(measured)
             barrier()  # a signal ends the block on every process or on none
         progress.evaluated = True
@@ -263,9 +269,10 @@ def training_step(
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if not scaler.is_enabled() and not torch.isfinite(norm):
+    value = whole_tensor(norm)
+    if not scaler.is_enabled() and not torch.isfinite(value):
         raise FloatingPointError(
-            f"the gradients are not finite (norm {norm.item()}) on the images {_names(batches, True)}: lower the "
+            f"the gradients are not finite (norm {value.item()}) on the images {_names(batches, True)}: lower the "
             f"learning rate, lengthen the warm-up or look at their annotations"
         )
     if clip_norm > 0:
@@ -294,7 +301,7 @@ def _restore(content: dict[str, Any], state: dict[str, Any], shape: dict[str, in
     try:
         for name, item in state.items():
             if name != "journal":
-                item.load_state_dict(content[name])
+                load_whole_state(item, content[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"the checkpoint is of another model or optimiser: {error}") from error
     restore_random_states(content["random"])

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from resnest_det.engine.parallel import load_whole_state, local_tensor
+
 
 class ModelAverage:
     """A second model whose weights and buffers follow those of the first: average = d x average + (1 - d) x weights.
@@ -16,14 +18,14 @@ class ModelAverage:
     (Polyak and Juditsky 1992 is the idea): a short run's average would otherwise be mostly the random start.
 
     Args:
-        model: what is trained, before it is wrapped or compiled.
+        model: what is trained, before it is wrapped or sharded.
         decay: highest d, in (0, 1); 0.999 averages over about 1000 steps.
 
     Raises:
         ValueError: decay outside (0, 1).
 
     Attributes:
-        model: the averaged model, of the same class.
+        model: the averaged model, of the same class; where the other is sharded, it must be sharded too.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -50,11 +52,12 @@ class ModelAverage:
         return {"model": self.model.state_dict(), "num_updates": self._num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict()."""
-        self.model.load_state_dict(state["model"])
+        """Go on from a state_dict(), whose tensors are whole."""
+        load_whole_state(self.model, state["model"])
         self._num_updates = state["num_updates"]
         self._averaged.n_averaged.fill_(self._num_updates)
 
     def _average(self, averages: Sequence[Tensor], weights: Sequence[Tensor], _num_averaged: Tensor | int) -> None:
         decay = min(self._decay, (1 + self._num_updates) / (10 + self._num_updates))
-        get_ema_multi_avg_fn(decay)(averages, weights, _num_averaged)
+        own = [[local_tensor(tensor) for tensor in tensors] for tensors in (averages, weights)]
+        get_ema_multi_avg_fn(decay)(*own, _num_averaged)

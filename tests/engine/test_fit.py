@@ -20,6 +20,7 @@ from resnest_det import engine
 from resnest_det.engine import (
     Interrupted,
     Journal,
+    ModelAverage,
     create_schedule,
     fit,
     load_checkpoint,
@@ -91,13 +92,20 @@ def of_weights(model: nn.Module) -> dict[str, float]:
 
 
 def run(
-    folder: Path, *, epochs: int = 4, resume: bool = False, batches: Batches | None = None, **arguments: Any
+    folder: Path,
+    *,
+    epochs: int = 4,
+    resume: bool = False,
+    batches: Batches | None = None,
+    ema_decay: float = 0.0,
+    **arguments: Any,
 ) -> Any:
     torch.manual_seed(0)
     model = Toy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = create_schedule(optimizer, total_steps=20, schedule="cosine", warmup_steps=3)
     arguments.setdefault("evaluate", Scores(0.1, 0.3, 0.2, 0.25))
+    average = ModelAverage(model, ema_decay) if ema_decay else None
     folder.mkdir(exist_ok=True)
     journal = Journal(folder)
     results = fit(
@@ -110,6 +118,7 @@ def run(
         run_folder=folder,
         journal=journal,
         best_metric="AP",
+        average=average,
         resume_from=load_last(folder) if resume else None,
         extra={"class_names": {1: "disc"}},
         **arguments,
@@ -399,7 +408,7 @@ def test_run_folders_are_never_reused(tmp_path: Path) -> None:
 
 def test_the_engine_knows_no_task() -> None:
     sources = sorted(Path(engine.__file__).parent.glob("*.py"))
-    assert len(sources) == 11
+    assert len(sources) == 12
     for source in sources:
         found = re.findall(r"(?i)detect\w*|segment\w*|coco|ade20k|miou|mask\w*|box\w*", source.read_text())
         assert not found, f"{source.name} names {found}"
