@@ -11,7 +11,7 @@ demo: $(READY)  ## train, evaluate and draw on a small generated data set: detec
 	$(BIN)/python train_seg.py
 
 test: $(READY)  ## the tests, with coverage (minutes)
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-all: $(READY)  ## the slow tests as well
 	$(BIN)/python -m pytest -m "slow or not slow"
