@@ -87,12 +87,14 @@ class _OnCPU(torch.autograd.Function):
     ) -> Tensor:
         wide = _wide(x)
         count, mean, var = _joint_statistics(wide, group, group_size)
-        if count < 2:
+        if count == 1:
             raise ValueError(
-                f"SyncBatchNorm got {count} values a channel on its {group_size} processes together, and needs 2 or "
-                "more to train: use more or larger images a step and process, or norm='frozen_bn' or 'gn'"
+                f"SyncBatchNorm got 1 value a channel on its {group_size} processes together, and needs 2 or more to "
+                "train: use more or larger images a step and process, or norm='frozen_bn' or 'gn'"
             )
-        if running_mean is not None and running_var is not None:
+        if count == 0:  # a mask head's, where no process has an object: nothing goes through, and nothing is learnt
+            mean, var = torch.zeros_like(mean), torch.ones_like(var)
+        elif running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
         mean, var = mean.to(wide.dtype), var.to(wide.dtype)

@@ -635,7 +635,6 @@ def no_module(channels: int, **arguments: object) -> None:
             r"spatial_conv must be a function of \(channels, \*, stride, dilation, groups, norm_layer\), .*'channels'",
         ),
     ],
-    ids=str,
 )
 def test_what_fills_no_slot(arguments: dict[str, object], message: str) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match=message):

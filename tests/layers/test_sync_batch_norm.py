@@ -103,6 +103,7 @@ def one_of_two(rank: int, folder: Path) -> None:
             results[layer, split] = two_steps(SyncBatchNorm(CHANNELS, **arguments).double(), x, own)
     own = (slice(0, 3), slice(3, None))[rank]
     channels_last = joined_batch(torch.float32).contiguous(memory_format=torch.channels_last)
+    results["nothing"] = two_steps(SyncBatchNorm(CHANNELS).double(), x, slice(0, 0))
     results["channels_last"] = two_steps(SyncBatchNorm(CHANNELS), channels_last, own)
     results["bfloat16"] = two_steps(SyncBatchNorm(CHANNELS), joined_batch(torch.bfloat16), own)
     results["bfloat16 parameters"] = two_steps(SyncBatchNorm(CHANNELS).bfloat16(), joined_batch(torch.bfloat16), own)
@@ -193,7 +194,15 @@ def test_evaluation_is_each_process_for_itself(both: tuple[Case, Case]) -> None:
 
 def test_one_value_on_all_processes_is_refused_on_each(both: tuple[Case, Case]) -> None:
     for case in both:
-        assert case["error"].startswith("SyncBatchNorm got 1 values a channel on its 2 processes together, and needs 2")
+        assert case["error"].startswith("SyncBatchNorm got 1 value a channel on its 2 processes together, and needs 2")
+
+
+def test_nothing_on_any_process_is_learnt_from_as_by_batch_norm(both: tuple[Case, Case]) -> None:
+    """As in the head of masks where no image has objects."""
+    expected = two_steps(nn.BatchNorm2d(CHANNELS).double(), joined_batch(), slice(0, 0))
+    assert expected["out"].shape == (0, CHANNELS, 5, 4)
+    for case in both:
+        torch.testing.assert_close(case["nothing"], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
