@@ -45,26 +45,28 @@ def caught_signals(pid: int) -> set[str]:
     return {number.name for number in signal.Signals if int(mask, 16) >> (number - 1) & 1}
 
 
-def whole_run(sample: Path, folder: Path, processes: int, *arguments: str) -> tuple[Path, float]:
-    """An unbroken run, and the seconds from its first checkpoint to its end."""
+def run_arguments(processes: int, *arguments: str) -> list[str]:
+    """24 steps of four images, a checkpoint after every second one."""
+    return [*ARGUMENTS, f"data.batch_size={4 // processes}", *arguments]
+
+
+def whole_run(sample: Path, folder: Path, processes: int, *arguments: str) -> Path:
+    """An unbroken run."""
     config = write_detection_config(folder / "whole.toml", sample=sample, run=folder / "whole")
-    arguments = (*ARGUMENTS, f"data.batch_size={4 // processes}", *arguments)
-    process = start("train_det.py", config, *arguments, processes=processes)
-    wait_for(folder / "whole" / "last.pt", process)
-    begin = time.monotonic()
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
-    return folder / "whole", time.monotonic() - begin
+    finish("train_det.py", config, *run_arguments(processes, *arguments), processes=processes)
+    return folder / "whole"
 
 
-def killed_run(sample: Path, folder: Path, processes: int, seconds: float, *arguments: str) -> Path:
-    """A run killed that long after its first checkpoint, then resumed to its end."""
+def killed_run(sample: Path, folder: Path, processes: int, *arguments: str, step: int, delay: float) -> Path:
+    """A run killed so many seconds after that step was saved, then resumed to its end."""
     run = folder / "killed"
     config = write_detection_config(folder / "killed.toml", sample=sample, run=run)
-    arguments = (*ARGUMENTS, f"data.batch_size={4 // processes}", *arguments)
-    process = start("train_det.py", config, *arguments, processes=processes)
+    process = start("train_det.py", config, *run_arguments(processes, *arguments), processes=processes)
     wait_for(run / "last.pt", process)
-    time.sleep(seconds)
+    while load_checkpoint(run / "last.pt")["step"] < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    time.sleep(delay)
     assert process.poll() is None, "it came to its end before it was killed"
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -80,19 +82,21 @@ SLOW = pytest.mark.slow
     [pytest.param(1, "ddp", marks=SLOW), (2, "ddp"), pytest.param(2, "fsdp", marks=SLOW)],
 )
 def test_killed_and_resumed(processes: int, parallel: str, sample: Path, tmp_path: Path) -> None:
-    whole, seconds = whole_run(sample, tmp_path, processes, f"run.parallel={parallel}")
-    check_same_run(whole, killed_run(sample, tmp_path, processes, 0.4 * seconds, f"run.parallel={parallel}"))
+    arguments = [f"run.parallel={parallel}"]
+    whole = whole_run(sample, tmp_path, processes, *arguments)
+    check_same_run(whole, killed_run(sample, tmp_path, processes, *arguments, step=10, delay=0.2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_ten_random_moments_and_resumed(processes: int, sample: Path, tmp_path: Path) -> None:
-    whole, seconds = whole_run(sample, tmp_path, processes)
+    whole = whole_run(sample, tmp_path, processes)
     moments = random.Random(processes)
     for number in range(10):
         folder = tmp_path / str(number)
         folder.mkdir()
-        check_same_run(whole, killed_run(sample, folder, processes, moments.uniform(0, 0.8) * seconds))
+        step, delay = moments.randint(1, 20), moments.uniform(0, 0.5)
+        check_same_run(whole, killed_run(sample, folder, processes, step=step, delay=delay))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
