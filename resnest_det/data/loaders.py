@@ -410,11 +410,13 @@ class _Parcel:
         packer.dump(batch)
         # Shared before it is filled: pages never written to cost nothing to copy.
         self._block = torch.empty(packer.num_bytes, dtype=torch.uint8).share_memory_()
-        for place, tensor in packer.tensors:
-            place.of(self._block).copy_(tensor)
+        self._tensors = packer.tensors
         self._content = content.getvalue()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # Filled here, in the thread that sends, while the worker goes on with the next batch.
+        for place, tensor in self._tensors:
+            place.of(self._block).copy_(tensor)
         return _unpack, (self._block, self._content)
 
 
