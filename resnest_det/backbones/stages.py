@@ -12,7 +12,7 @@ import difflib
 import importlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torchvision.models import densenet, swin_transformer
@@ -32,6 +32,7 @@ from resnest_det.backbones.other_networks import (
 from resnest_det.layers import NormLayer, NormName, SyncBatchNorm, norm_layer
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
+ExtraLevel = Literal["pool", "p6p7", "p6p7_c5"]
 
 # What drops features at random in training, and where it keeps the probability.
 _DROPPING: dict[type[nn.Module], tuple[str, ...]] = {
@@ -122,7 +123,7 @@ def fpn_backbone(
     trainable_stages: int = 5,
     stages: Sequence[str] = STAGES,
     out_channels: int = 256,
-    extra_level: Literal["pool", "p6p7"] = "pool",
+    extra_level: ExtraLevel = "pool",
     norm: NormName | None = None,
 ) -> BackboneWithFPN:
     """A feature pyramid on a network's stages, as torchvision's detectors take it.
@@ -133,8 +134,8 @@ def fpn_backbone(
             see freeze_stages.
         stages: the stages under the pyramid, from the finest.
         out_channels: channels of each level.
-        extra_level: "pool" adds a level of half the size of the last (Faster R-CNN), "p6p7" adds two by strided
-            convolutions (RetinaNet).
+        extra_level: "pool" adds a level of half the size of the last (Faster R-CNN); "p6p7" adds two by strided
+            convolutions of the pyramid's last level, "p6p7_c5" of the last stage's features (RetinaNet).
         norm: norm after each of the pyramid's convolutions; None for none, and biases in its place.
 
     Returns:
@@ -144,15 +145,16 @@ def fpn_backbone(
     Raises:
         ValueError: a stage does not exist, or an argument is out of range.
     """
-    if extra_level not in ("pool", "p6p7"):
-        raise ValueError(f"extra_level={extra_level!r} must be 'pool' or 'p6p7'")
+    if extra_level not in get_args(ExtraLevel):
+        raise ValueError(f"extra_level={extra_level!r} must be 'pool', 'p6p7' or 'p6p7_c5'")
     keys = {name: str(index) for index, name in enumerate(stages)}
     _extractor(net, keys)  # refuses what it must before anything is frozen
     freeze_stages(net, trainable_stages)
+    body = _extractor(net, keys)
     return _StagesWithFPN(
-        _extractor(net, keys),
+        body,
         out_channels,
-        LastLevelMaxPool() if extra_level == "pool" else LastLevelP6P7(out_channels, out_channels),
+        _extra_levels(extra_level, body.channels[stages[-1]], out_channels),
         norm_layer(norm) if norm else None,
     )
 
@@ -251,6 +253,16 @@ def _frozen_norm(norm: nn.modules.batchnorm._BatchNorm) -> nn.Module:
                 f"replace it yourself and use trainable_stages=5"
             )
     return frozen.to(norm.running_var.dtype)
+
+
+def _extra_levels(extra_level: ExtraLevel, last_channels: int, out_channels: int) -> ExtraFPNBlock:
+    """What adds the levels above the stages'; the last stage has `last_channels`."""
+    if extra_level == "pool":
+        return LastLevelMaxPool()
+    from_pyramid = extra_level == "p6p7"
+    levels = LastLevelP6P7(out_channels if from_pyramid else last_channels, out_channels)
+    levels.use_P5 = from_pyramid  # torchvision tells it by the channels, which may be equal
+    return levels
 
 
 def _extractor(net: nn.Module, keys: Mapping[str, str]) -> StageExtractor:

@@ -1,27 +1,29 @@
 """Faster R-CNN on a feature pyramid: torchvision's detector with our backbones.
 
-Papers: Ren et al., "Faster R-CNN", arXiv 1506.01497; the pyramid, arXiv 1612.03144; the box head of four convolutions,
-Wu and He, arXiv 1803.08494, as the released ResNeSt detectors use it.
-Reference implementation: torchvision's `fasterrcnn_resnet50_fpn`, whose state dict this has with backbone resnet50,
-norm "frozen_bn" and the default arguments.
+Papers: Ren et al., "Faster R-CNN", arXiv 1506.01497; those of the parts are named in regions.py.
+Reference implementation: torchvision's `fasterrcnn_resnet50_fpn` and `fasterrcnn_resnet50_fpn_v2`, whose state dicts
+this has with backbone resnet50: docs/detectors.md has the arguments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import nn
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 
-from resnest_det.backbones import STAGES, fpn_backbone
-from resnest_det.layers import NormName, norm_layer
-
-BoxHead = Literal["2fc", "4conv1fc"]
-
-_REGION_SIZE = 7  # side of the features that a region is pooled to
+from resnest_det.layers import NormName
+from resnest_det.models.regions import (
+    BoxHead,
+    anchor_generator,
+    check_box_head,
+    check_num_classes,
+    feature_pyramid,
+    make_box_head,
+    make_box_predictor,
+    make_rpn_head,
+    pyramid_channels,
+)
 
 
 def faster_rcnn(
@@ -31,6 +33,7 @@ def faster_rcnn(
     trainable_stages: int = 5,
     fpn_channels: int = 256,
     fpn_norm: NormName | None = None,
+    rpn_convolutions: int = 1,
     box_head: BoxHead = "2fc",
     box_head_channels: int = 1024,
     box_head_norm: NormName | None = None,
@@ -63,6 +66,7 @@ def faster_rcnn(
         trainable_stages: see fpn_backbone; 5 trains everything.
         fpn_channels: channels of the pyramid.
         fpn_norm: norm in the pyramid; None for none.
+        rpn_convolutions: 3x3 convolutions of the head that proposes regions.
         box_head: "2fc" two fully connected layers; "4conv1fc" four 3x3 convolutions of fpn_channels and one fully
             connected layer.
         box_head_channels: width of the fully connected layers.
@@ -90,49 +94,25 @@ def faster_rcnn(
         torchvision's builder sets `eps` of the frozen norms to 0 with its COCO_V1 weights, which were trained so. For
         its outputs, set it to 0 on each FrozenBatchNorm2d of the model after loading them.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes} must be 2 or more: the classes and the background")
-    if box_head not in ("2fc", "4conv1fc"):
-        raise ValueError(f"box_head={box_head!r} must be '2fc' or '4conv1fc'")
-    if box_head == "2fc" and box_head_norm:
-        raise ValueError(f"box_head_norm={box_head_norm!r} needs box_head='4conv1fc': '2fc' has no convolutions")
-    if not hasattr(backbone, "out_channels"):
-        backbone = fpn_backbone(backbone, trainable_stages=trainable_stages, out_channels=fpn_channels, norm=fpn_norm)
-        num_levels = len(STAGES) + 1
-        if len(anchor_sizes) != num_levels:
-            raise ValueError(
-                f"anchor_sizes has {len(anchor_sizes)} sizes and the pyramid has {num_levels} levels: give one a level"
-            )
-    elif (trainable_stages, fpn_channels, fpn_norm) != (5, 256, None):
-        raise ValueError(
-            "trainable_stages, fpn_channels and fpn_norm are for a backbone without a pyramid; this one has "
-            f"out_channels={backbone.out_channels}: give them to fpn_backbone"
-        )
-    channels: int = backbone.out_channels  # type: ignore[assignment]
-    if box_head == "2fc":
-        head: nn.Module = TwoMLPHead(channels * _REGION_SIZE**2, box_head_channels)
-    else:
-        head = FastRCNNConvFCHead(
-            (channels, _REGION_SIZE, _REGION_SIZE),
-            [channels] * 4,
-            [box_head_channels],
-            norm_layer=norm_layer(box_head_norm) if box_head_norm else None,
-        )
+    check_num_classes(num_classes)
+    check_box_head(box_head, box_head_norm)
+    pyramid = feature_pyramid(backbone, trainable_stages=trainable_stages, fpn_channels=fpn_channels, fpn_norm=fpn_norm)
+    channels = pyramid_channels(pyramid)
+    anchors = anchor_generator(pyramid, [(size,) for size in anchor_sizes], aspect_ratios)
     return FasterRCNN(
-        backbone,
+        pyramid,
         min_size=min_size,
         max_size=max_size,
         image_mean=list(image_mean),
         image_std=list(image_std),
-        rpn_anchor_generator=AnchorGenerator(
-            tuple((size,) for size in anchor_sizes), (tuple(aspect_ratios),) * len(anchor_sizes)
-        ),
+        box_head=make_box_head(box_head, channels, box_head_channels, box_head_norm),
+        box_predictor=make_box_predictor(box_head_channels, num_classes),
+        rpn_anchor_generator=anchors,
+        rpn_head=make_rpn_head(channels, anchors, rpn_convolutions),
         rpn_pre_nms_top_n_train=rpn_proposals_train,
         rpn_pre_nms_top_n_test=rpn_proposals_eval,
         rpn_post_nms_top_n_train=rpn_proposals_train,
         rpn_post_nms_top_n_test=rpn_proposals_eval,
-        box_head=head,
-        box_predictor=FastRCNNPredictor(box_head_channels, num_classes),
         box_score_thresh=score_threshold,
         box_nms_thresh=nms_threshold,
         box_detections_per_img=detections_per_image,

@@ -88,7 +88,9 @@ def test_unknown_stage() -> None:
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
-@pytest.mark.parametrize(("extra_level", "levels"), [("pool", ["pool"]), ("p6p7", ["p6", "p7"])])
+@pytest.mark.parametrize(
+    ("extra_level", "levels"), [("pool", ["pool"]), ("p6p7", ["p6", "p7"]), ("p6p7_c5", ["p6", "p7"])]
+)
 def test_pyramid_levels(extra_level: str, levels: list[str]) -> None:
     fpn = fpn_backbone(create_backbone("resnet18"), extra_level=extra_level, out_channels=32)
     features = fpn(torch.randn(2, 3, 128, 128))
@@ -96,6 +98,17 @@ def test_pyramid_levels(extra_level: str, levels: list[str]) -> None:
     assert [f.shape[2] for f in features.values()] == [32, 16, 8, 4, 2, 1][: len(features)]
     assert fpn.out_channels == 32
     assert {f.shape[1] for f in features.values()} == {32}
+
+
+@pytest.mark.parametrize(("extra_level", "source"), [("p6p7", "pyramid"), ("p6p7_c5", "stage")])
+@pytest.mark.parametrize("out_channels", [32, 512], ids=["", "as many channels as layer4"])
+def test_what_p6_is_made_of(extra_level: str, source: str, out_channels: int) -> None:
+    fpn = fpn_backbone(create_backbone("resnet18"), extra_level=extra_level, out_channels=out_channels).eval()
+    seen = []
+    fpn.fpn.extra_blocks.p6.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = torch.randn(1, 3, 128, 128)
+    levels, stages = fpn(x), fpn.body(x)
+    assert torch.equal(seen[0], levels["3"] if source == "pyramid" else stages["3"])
 
 
 @pytest.mark.parametrize("norm", ["bn", "gn", "sync_bn"])
@@ -150,7 +163,7 @@ def test_freezing_random_weights_warns() -> None:
         fpn_backbone(create_backbone("resnet18"), trainable_stages=3)
     with pytest.raises(ValueError, match="trainable_stages=6 must be between 0"):
         freeze_stages(create_backbone("resnet18"), 6)
-    with pytest.raises(ValueError, match="extra_level='p6' must be 'pool' or 'p6p7'"):
+    with pytest.raises(ValueError, match="extra_level='p6' must be 'pool', 'p6p7' or 'p6p7_c5'"):
         fpn_backbone(create_backbone("resnet18"), extra_level="p6")
 
 
