@@ -47,7 +47,7 @@ from resnest_det.backbones.variants import (
     sk_resnet50,
     sk_resnet101,
 )
-from resnest_det.backbones.weights import load_weights
+from resnest_det.backbones.weights import load_matching_weights, load_weights
 
 __all__ = [
     "STAGES",
@@ -77,6 +77,7 @@ __all__ = [
     "freeze_stages",
     "list_backbones",
     "list_weights",
+    "load_matching_weights",
     "load_weights",
     "resnest14",
     "resnest26",

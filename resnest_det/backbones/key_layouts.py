@@ -282,6 +282,27 @@ def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stripped
 
 
+def with_present_detector_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of one of torchvision's detectors under the names that its class has now; others as they are.
+
+    Its first files (those of the weights COCO_V1) are older than the norms in the pyramid and the heads. torchvision
+    renames their tensors too, but only once they are in load_state_dict; source: the `_version` of its
+    FeaturePyramidNetwork, RPNHead, MaskRCNNHeads and RetinaNet's heads.
+    """
+    # FCOS has numbered norms between its convolutions; RetinaNet had ReLUs, which have no tensors.
+    is_fcos = "head.classification_head.conv.1.weight" in state
+    present = {}
+    for key, tensor in state.items():
+        key = re.sub(r"(fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)", r"\1.0.\2", key)
+        key = re.sub(r"rpn\.head\.conv\.(weight|bias)", r"rpn.head.conv.0.0.\1", key)
+        if mask := re.fullmatch(r"(.*mask_head\.)mask_fcn(\d+)\.(weight|bias)", key):
+            key = f"{mask[1]}{int(mask[2]) - 1}.0.{mask[3]}"
+        if not is_fcos and (head := re.fullmatch(r"(head\.\w+_head\.conv\.)(\d+)\.(weight|bias)", key)):
+            key = f"{head[1]}{int(head[2]) // 2}.0.{head[3]}"
+        present[key] = tensor
+    return present
+
+
 def is_backbone_of_a_model(state: Mapping[str, Tensor]) -> bool:
     """Whether a state dict is a detector's or a segmentation model's, or a backbone named as theirs.
 

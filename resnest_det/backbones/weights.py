@@ -11,7 +11,9 @@ import errno
 import pickle
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from resnest_det.backbones.key_layouts import (
     convert_state_dict,
     is_backbone_of_a_model,
+    with_present_detector_keys,
     without_wrappers,
 )
 from resnest_det.backbones.published import list_weights, published_weights
@@ -32,6 +35,11 @@ from resnest_det.backbones.weight_files import find_file, find_weights
 # Where checkpoints hold a state dict. The moving average of a run's weights comes first: it is what the run measured.
 _WRAPPERS = ("ema", "model", "state_dict", "model_state", "model_state_dict")
 _CLASSIFIER = ("fc.weight", "fc.bias")
+_LAST_LAYER = re.compile(  # the shapes of these follow from the number of classes
+    r"fc\.|classifier\.|aux_head\.4\."
+    r"|(.*\.)?(box_predictors?(\.\d+)?\.(cls_score|bbox_pred)|mask_predictor\.mask_fcn_logits"
+    r"|classification_head\.cls_logits)\."
+)
 _GATE = ".gate."  # in the name of what stands in a block's slot for attention
 _ECA_KERNEL = re.compile(r"layer\d\.\d+\.gate\.conv\.weight")
 
@@ -46,10 +54,10 @@ def load_weights(
 ) -> None:
     """Load a file's weights into `net`, all of them or none.
 
-    The tensors of a backbone are renamed from the layout that the file's keys show, see key_layouts. Detectors and
-    segmentation models load their own state dicts. "module." and "_orig_mod." before all keys, from DataParallel and
-    torch.compile, are dropped on both sides, and the counters `num_batches_tracked` may be there or not:
-    FrozenBatchNorm has none.
+    The tensors of a backbone are renamed from the layout that the file's keys show, see key_layouts. Detectors load
+    their own state dicts and torchvision's, segmentation models their own. "module." and "_orig_mod." before all keys,
+    from DataParallel and torch.compile, are dropped on both sides, and the counters `num_batches_tracked` may be there
+    or not: FrozenBatchNorm has none.
 
     Args:
         net: a backbone, a detector, or any other module.
@@ -115,6 +123,77 @@ def load_backbone_weights(
             f"published weights{_names_hint(network)}"
         )
     _load_file(net, path, new_classifier=new_classifier, own_gate=own_gate)
+
+
+@dataclass(frozen=True)
+class PartlyLoaded:
+    """What load_matching_weights found, as names of tensors, counters apart.
+
+    Attributes:
+        reused: loaded from the file.
+        replaced: of another number of classes than the file's; they stay as they are.
+        missing: of parts that the file does not have; they stay as they are.
+        unused: the file's, of parts that the model does not have.
+    """
+
+    reused: tuple[str, ...]
+    replaced: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def summary(self) -> str:
+        """A line for each kind that there is, by parts of the model."""
+        kinds = (
+            ("reused", self.reused),
+            ("new, for other classes", self.replaced),
+            ("new, not in the file", self.missing),
+            ("in the file, not used", self.unused),
+        )
+        return "\n".join(f"{kind}: {_by_part(names)}" for kind, names in kinds if names)
+
+
+def load_matching_weights(model: nn.Module, source: str | Path) -> PartlyLoaded:
+    """Load what a file has in common with a model, to fine-tune it: in place of the file's classes come the model's.
+
+    The last layers, which depend on the number of classes, keep the model's values where that number differs, and so
+    do whole parts that the file does not have, such as the mask head in a file of Faster R-CNN. Everything else must
+    fit: a file of another backbone or pyramid is refused.
+
+    Args:
+        model: a detector or a segmentation model.
+        source: as of load_weights: a run's checkpoint, or what torchvision publishes for the same detector.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConnectionError: no address gave the file.
+        ValueError: the file cannot be read as data, or is of another model; the message names the tensors, and
+            `model` is unchanged.
+    """
+    path = find_file(source)
+    if path is None:
+        raise FileNotFoundError(f"no weights at {source}: give the path of a file, or a URL")
+    model = _unwrapped(model)
+    own, state = model.state_dict(), with_present_detector_keys(without_wrappers(read_state_dict(path)))
+    replaced = [
+        key
+        for key in own
+        if key in state and state[key].shape != own[key].shape and _is_classifier(key, state[key], own[key])
+    ]
+    parts = {_part(key) for key in own}, {_part(key) for key in state}
+    missing = [key for key in own if key not in state and _part(key) not in parts[1]]
+    unused = [key for key in state if key not in own and _part(key) not in parts[0]]
+    fitting = {key: tensor for key, tensor in state.items() if key not in {*replaced, *unused}}
+    absent = set(_without_counters(own.keys() - state.keys())) - set(missing)
+    if not fitting.keys() & own.keys():
+        raise ValueError(
+            f"{path} and this {type(model).__name__} have no part in common: the file's tensors are "
+            f"{_first(list(state))}, the model's {_first(list(own))}; weights of a backbone alone are given by "
+            f"model.weights"
+        )
+    _check_fit(model, own, fitting, sorted(absent), path)
+    model.load_state_dict(fitting, strict=False)
+    lists = ([key for key in fitting if key in own], replaced, missing, unused)
+    return PartlyLoaded(*(tuple(_without_counters(keys)) for keys in lists))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -198,7 +277,7 @@ def _load_file(
     state = read_state_dict(path)
     may_lack_classifier = new_classifier
     if set(_without_counters(state)) != set(_without_counters(own)):
-        state = without_wrappers(state)
+        state = with_present_detector_keys(without_wrappers(state))
         if isinstance(net, ResNet):
             may_lack_classifier |= is_backbone_of_a_model(state)
             try:
@@ -303,8 +382,18 @@ def _kernel_sizes_hint(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
 
 def _is_classifier(key: str, in_file: Tensor, in_network: Tensor) -> bool:
     """Whether a tensor belongs to a last layer, and only the number of its outputs differs."""
-    last = re.match(r"fc\.|classifier\.|aux_head\.4\.|(.*\.)?box_predictor\.(cls_score|bbox_pred)\.", key)
-    return last is not None and in_file.shape[1:] == in_network.shape[1:]
+    return _LAST_LAYER.match(key) is not None and in_file.shape[1:] == in_network.shape[1:]
+
+
+def _part(key: str) -> str:
+    """The part of a model that a tensor belongs to, such as "backbone.fpn" or "roi_heads.mask_head"."""
+    return ".".join(key.split(".")[:2])
+
+
+def _by_part(names: Iterable[str]) -> str:
+    """The parts that tensors belong to, with how many of them."""
+    counts = Counter(map(_part, names))
+    return ", ".join(f"{part} ({count} tensor{'s' if count > 1 else ''})" for part, count in counts.items())
 
 
 def _matching(patterns: Sequence[str], names: Iterable[str], argument: str, whose: str) -> set[str]:

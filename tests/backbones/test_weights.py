@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 
 from resnest_det import create_backbone, load_weights
-from resnest_det.backbones.weights import load_backbone_weights, read_state_dict
+from resnest_det.backbones.weights import load_backbone_weights, load_matching_weights, read_state_dict
 from resnest_det.engine import save_checkpoint
 from resnest_det.layers import EfficientChannelAttention
 from resnest_det.models import deeplabv3plus, faster_rcnn
@@ -331,3 +335,97 @@ def test_missing_file(tmp_path: Path) -> None:
         load_weights(create_backbone("resnet18"), tmp_path / "none.pth")
     with pytest.raises(FileNotFoundError, match="no weights at .*none.pth: give the path of a file"):
         read_state_dict(tmp_path / "none.pth")
+
+
+def small_detector(num_classes: int, **arguments: Any) -> torch.nn.Module:
+    return faster_rcnn(
+        create_backbone("resnet18"), num_classes, fpn_channels=8, box_head_channels=8, min_size=64, **arguments
+    )
+
+
+def test_fine_tuning_takes_all_but_the_last_layers(tmp_path: Path) -> None:
+    other, model = small_detector(91), small_detector(4)
+    torch.save({"model": other.state_dict()}, tmp_path / "coco.pt")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = load_matching_weights(model, tmp_path / "coco.pt")
+    heads = {
+        f"roi_heads.box_predictor.{layer}.{kind}" for layer in ("cls_score", "bbox_pred") for kind in ("weight", "bias")
+    }
+    assert set(found.replaced) == heads
+    assert found.missing == found.unused == ()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name] if name in heads else other.state_dict()[name]), name
+    assert set(found.reused) == {name for name in before if name not in heads and "num_batches" not in name}
+    lines = found.summary().splitlines()
+    assert lines[0].startswith("reused: backbone.body (100 tensors), backbone.fpn (16 tensors), rpn.head (6 tensors)")
+    assert lines[1:] == ["new, for other classes: roi_heads.box_predictor (4 tensors)"]
+
+
+def test_fine_tuning_takes_parts_that_both_have(tmp_path: Path) -> None:
+    """As of Mask R-CNN into Faster R-CNN, and the other way."""
+    whole, part = small_detector(4), small_detector(4)
+    del part.rpn
+    torch.save(whole.state_dict(), tmp_path / "whole.pt")
+    torch.save(part.state_dict(), tmp_path / "part.pt")
+    rpn = {name for name in whole.state_dict() if name.startswith("rpn.")}
+    assert set(load_matching_weights(part, tmp_path / "whole.pt").unused) == rpn
+    found = load_matching_weights(whole, tmp_path / "part.pt")
+    assert set(found.missing) == rpn
+    assert "new, not in the file: rpn.head (6 tensors)" in found.summary()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: small_detector(4, box_head="4conv1fc"), r"missing: roi_heads\.box_head\.0\.0\.bias"),
+        (lambda: create_backbone("resnet18", num_classes=4), "have no part in common.*of a backbone alone are given"),
+    ],
+)
+def test_fine_tuning_refuses_the_file_of_another_model(
+    model: Callable[[], torch.nn.Module], message: str, tmp_path: Path
+) -> None:
+    torch.save(small_detector(4).state_dict(), tmp_path / "det.pt")
+    other = model()
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_matching_weights(other, tmp_path / "det.pt")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_fine_tuning_refuses_another_backbone(tmp_path: Path) -> None:
+    other = faster_rcnn(create_backbone("resnet34"), 4, fpn_channels=8, box_head_channels=8)
+    torch.save(other.state_dict(), tmp_path / "det.pt")
+    with pytest.raises(ValueError, match=r"extra: backbone\.body\.layer1\.2\.bn1"):
+        load_matching_weights(small_detector(4), tmp_path / "det.pt")
+
+
+def test_fine_tuning_from_a_missing_file() -> None:
+    with pytest.raises(FileNotFoundError, match="no weights at nowhere.pt: give the path of a file, or a URL"):
+        load_matching_weights(small_detector(4), "nowhere.pt")
+
+
+def old_names(state: State) -> State:
+    """What torchvision's detectors called their tensors before there were norms beside them."""
+    renamed = {}
+    for key, tensor in state.items():
+        key = re.sub(r"(fpn\.(inner|layer)_blocks\.\d)\.0\.", r"\1.", key)
+        key = key.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+        key = re.sub(r"mask_head\.(\d)\.0\.", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}.", key)
+        key = re.sub(r"(_head\.conv)\.(\d)\.0\.", lambda match: f"{match[1]}.{2 * int(match[2])}.", key)
+        renamed[key] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn", "maskrcnn", "retinanet", "fcos"])
+def test_the_first_files_of_torchvisions_detectors(name: str, tmp_path: Path) -> None:
+    """As those of its COCO_V1 weights, which its own class renames while it loads them."""
+    build = getattr(torchvision.models.detection, f"{name}_resnet50_fpn")
+    theirs, ours = (build(weights=None, weights_backbone=None, num_classes=3) for _ in range(2))
+    state = old_names(theirs.state_dict())
+    assert state.keys() != theirs.state_dict().keys()
+    torch.save(state, tmp_path / "v1.pth")
+    load_weights(ours, tmp_path / "v1.pth")
+    for other in (build(weights=None, weights_backbone=None, num_classes=3), theirs):
+        other.load_state_dict(dict(state))
+        assert all(torch.equal(tensor, ours.state_dict()[key]) for key, tensor in other.state_dict().items())
+    assert load_matching_weights(ours, tmp_path / "v1.pth").replaced == ()
