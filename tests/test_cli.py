@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from resnest_det import create_backbone
 from resnest_det.cli import main
@@ -206,3 +209,128 @@ def test_classify_a_file_whose_name_is_no_text(
     assert capsysbinary.readouterr().out.startswith(name + b"\n")
     assert main([*command, "--output", str(tmp_path / "out.txt")]) == 0
     assert (tmp_path / "out.txt").read_bytes().startswith(name + b"\n")
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> str:
+    """A file of two images and three squares, in the categories 4 and 7."""
+    images = [{"id": id_, "file_name": f"{id_}.png", "width": 80, "height": 60} for id_ in (1, 2)]
+    objects = [
+        {"id": 1, "image_id": 1, "category_id": 7, "bbox": [10, 10, 20, 20]},
+        {"id": 2, "image_id": 1, "category_id": 4, "bbox": [40, 10, 40, 40]},
+        {"id": 3, "image_id": 2, "category_id": 7, "bbox": [10, 30, 20, 20]},
+    ]
+    for one in objects:
+        left, top, width, height = one["bbox"]
+        right, bottom = left + width, top + height
+        one |= {"segmentation": [[left, top, right, top, right, bottom, left, bottom]], "area": width * height}
+    content = {"images": images, "annotations": objects}
+    content["categories"] = [{"id": 4, "name": "cat"}, {"id": 7, "name": "dog"}]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.fixture
+def detections(tmp_path: Path) -> str:
+    """Both dogs, the second with half of its mask; the cat is found as a dog."""
+    found = []
+    for image_id, box, rows, score in (
+        (1, [10, 10, 20, 20], 20, 0.9),
+        (2, [10, 30, 20, 20], 10, 0.8),
+        (1, [40, 10, 40, 40], 40, 0.7),
+    ):
+        mask = np.zeros((60, 80), np.uint8, order="F")
+        mask[box[1] : box[1] + rows, box[0] : box[0] + box[2]] = 1
+        counts = coco_mask.encode(mask)["counts"].decode()
+        segmentation = {"size": [60, 80], "counts": counts}
+        found.append(
+            {"image_id": image_id, "category_id": 7, "bbox": box, "segmentation": segmentation, "score": score}
+        )
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(found))
+    return str(path)
+
+
+def test_evaluate_prints_the_table_and_the_errors(
+    annotations: str, detections: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--annotations", annotations, "--results", detections]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("boxes, by pycocotools\n      AP    AP50")
+    assert "    1 cat    0.000  0.000      -  0.000      -  0.000      1\n" in printed
+    assert "    2 dog    1.000  1.000  1.000      -      -  1.000      2\n" in printed
+    assert "masks" not in printed
+    assert "AP of boxes at IoU 0.5: 0.5000" in printed
+    (line,) = (line for line in printed.splitlines() if line.startswith("classification"))
+    assert line.split()[:3] == ["classification", "0.5000", "1"]
+
+
+def test_evaluate_writes_numbers_and_pictures(
+    annotations: str, detections: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "folder"
+    command = ["evaluate", "--annotations", annotations, "--results", detections, "--masks", "--output", str(output)]
+    assert main([*command, "--max-detections", "1", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "masks, by pycocotools" in printed
+    assert printed.index("AP of boxes at IoU 0.5") < printed.index("AP of masks at IoU 0.5")
+    assert printed.endswith(f"results and pictures: {output}\n")
+    written = json.loads((output / "results.json").read_text())
+    settings = {"annotations": annotations, "detections": detections}
+    assert written["settings"] == settings | {"backend": "pycocotools", "max_detections": [1, 5]}
+    results = written["results"]
+    assert [results[name] for name in ("AP", "mask_AP50", "AR5", "mask_AR5")] == pytest.approx([0.5, 0.5, 0.5, 0.275])
+    assert [row["name"] for row in written["mask_classes"]] == ["cat", "dog"]
+    assert [row["AP"] for row in written["classes"]] == pytest.approx([0, 1])
+    assert json.loads((output / "errors_masks.json").read_text())["main"]["localisation"]["count"] == 0
+    pictures = {path.name for path in output.glob("*.png")}
+    names = ("precision_recall", "confusion_matrix", "errors")
+    assert pictures == {f"{name}{suffix}.png" for name in names for suffix in ("", "_masks")}
+
+
+def test_evaluate_needs_objects(annotations: str, detections: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(Path(annotations).read_text()) | {"annotations": []}
+    Path(annotations).write_text(json.dumps(content))
+    assert main(["evaluate", "--annotations", annotations, "--results", detections]) == 2
+    printed = capsys.readouterr()
+    assert (
+        printed.err == f"error: {annotations} has no object to find; give annotations with other than crowd regions\n"
+    )
+    assert printed.out == ""
+
+
+def test_evaluate_needs_no_images(annotations: str, detections: str, tmp_path: Path) -> None:
+    assert not list(tmp_path.glob("**/*.png"))
+    assert main(["evaluate", "--annotations", annotations, "--results", detections]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "coco"], "backend='coco' is unknown; use one of 'pycocotools', 'hotcoco'"),
+        (["--max-detections", "10", "1"], "max_detections is [10, 1]"),
+        (["--annotations", "/no such folder/a.json"], "the annotation file /no such folder/a.json does not exist"),
+        (["--results", "/no such folder/b.json"], "the file of results /no such folder/b.json does not exist"),
+    ],
+)
+def test_evaluate_mistakes_are_messages(
+    arguments: list[str], message: str, annotations: str, detections: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--annotations", annotations, "--results", detections, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("name", ["results.json", "errors_masks.json"])
+@pytest.mark.parametrize("given", [0, 1])
+def test_evaluate_never_replaces_what_it_reads(
+    given: int, name: str, annotations: str, detections: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [annotations, detections]
+    files[given] = str(shutil.move(files[given], tmp_path / name))
+    before = Path(files[given]).read_bytes()
+    assert main(["evaluate", "--annotations", files[0], "--results", files[1], "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: --output {tmp_path} would replace {files[given]}; name another folder\n"
+    assert Path(files[given]).read_bytes() == before

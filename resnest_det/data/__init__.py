@@ -3,7 +3,7 @@
 from resnest_det.data.ade20k import ADE20K, ADE20K_CLASS_NAMES, ADE20K_PALETTE
 from resnest_det.data.augment import DetectionAugmentation, SegmentationAugmentation
 from resnest_det.data.class_list import read_class_list
-from resnest_det.data.coco import CocoDetection
+from resnest_det.data.coco import CocoDetection, CocoTargets, read_coco_targets
 from resnest_det.data.loaders import error_message, eval_loader, repeat_factors, train_loader
 from resnest_det.data.mask_folder import MaskFolder
 from resnest_det.data.mixing import CopyPaste, Mosaic
@@ -14,6 +14,7 @@ __all__ = [
     "ADE20K_CLASS_NAMES",
     "ADE20K_PALETTE",
     "CocoDetection",
+    "CocoTargets",
     "CopyPaste",
     "DetectionAugmentation",
     "MaskFolder",
@@ -23,6 +24,7 @@ __all__ = [
     "eval_loader",
     "once_per_machine",
     "read_class_list",
+    "read_coco_targets",
     "repeat_factors",
     "train_loader",
 ]

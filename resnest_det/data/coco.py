@@ -7,10 +7,10 @@ for; they are then kept as they are, and become pixels when their image is loade
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import posixpath
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from resnest_det.coco_format import syntax_error
 from resnest_det.data.coco_masks import Mistake, Segmentation, SegmentationReader, Segmentations
 from resnest_det.data.files import (
     ImageFiles,
@@ -75,7 +76,9 @@ class CocoDetection(ImageFiles[Sample]):
     `dataset[i]` is `(image, target)`: the image a uint8 RGB tensor (3, H, W), the target a dict of
     `boxes` float32 (N, 4) xyxy in pixels, `labels` int64 (N,) in 1..K, `image_id` int, `area` float64 (N,),
     the annotations' own areas in pixels of the original image, of mixed images in pixels of the result, and
-    `iscrowd` bool (N,); with `masks=True` also `masks` uint8 (N, H, W) of 0 and 1, pycocotools' to the last pixel.
+    `iscrowd` bool (N,); with `masks=True` also `masks` uint8 (N, H, W) of 0 and 1, pycocotools' to the last pixel. With
+    `masks="rle"` they stay run lengths, a list of pycocotools' {"size": [height, width], "counts": bytes}: a thousandth
+    of the memory, for evaluation.
 
     With `train=True`, crowd regions are left out, boxes are clipped to their image, and those then less than
     1 px wide or high are dropped with a warning. An image that had annotations and lost them all is left out
@@ -96,7 +99,8 @@ class CocoDetection(ImageFiles[Sample]):
         keep_empty: in training, keep images without annotations, as negatives.
         on_unreadable: what `load` does with an image that cannot be decoded: "raise", or "skip" (returns
             None, warns once a file and lists the file in `skipped`).
-        masks: give the objects' masks. Every annotation must then have a segmentation.
+        masks: give the objects' masks, True: as pixels, "rle": as run lengths, which takes train=False and no
+            transform. Every annotation must then have a segmentation.
         mosaic: puts training images together from four.
         copy_paste: pastes objects of another training image, along their masks: every annotation must have a
             segmentation, whether masks are given or not.
@@ -112,7 +116,7 @@ class CocoDetection(ImageFiles[Sample]):
     Raises:
         FileNotFoundError: the folder or the file is missing, or images that the file names.
         ValueError: the file is no valid COCO instances file; the message lists every kind of mistake. Or images
-            would be mixed without train=True.
+            would be mixed without train=True, or masks="rle" is given with train=True or a transform.
     """
 
     def __init__(
@@ -124,26 +128,23 @@ class CocoDetection(ImageFiles[Sample]):
         transform: Transform | None = None,
         keep_empty: bool = True,
         on_unreadable: Literal["raise", "skip"] = "raise",
-        masks: bool = False,
+        masks: bool | Literal["rle"] = False,
         mosaic: Mosaic | None = None,
         copy_paste: CopyPaste | None = None,
     ) -> None:
         if not train and not keep_empty:
             warnings.warn("keep_empty=False has no effect with train=False: evaluation uses every image", stacklevel=2)
         _check_mixing(train, mosaic, copy_paste)
+        _check_masks(masks, train, transform)
         folder, self._file = Path(images), Path(annotations)
-        _check_paths_exist(folder, self._file)
-        content = _read(self._file, masks or copy_paste is not None)
-        _check_content(self._file, content)
+        _check_folder_exists(folder)
+        content = _read(self._file, bool(masks) or copy_paste is not None)
         _check_images_exist(folder, content.file_names)
         self._train, self._transform, self._masks = train, transform, masks
         self._mosaic, self._copy_paste = mosaic, copy_paste
 
-        category_ids = sorted(content.categories)
-        self.category_ids = dict(enumerate(category_ids, start=1))
-        self.labels = {category_id: label for label, category_id in self.category_ids.items()}
-        self.class_names = {label: content.categories[id_] for label, id_ in self.category_ids.items()}
-        self.num_classes = len(category_ids) + 1
+        self.class_names, self.category_ids, self.labels = _labels_of(content)
+        self.num_classes = len(self.labels) + 1
 
         selection = _select_for_training(content, keep_empty) if train else _select_all(content)
         if not len(selection.images):
@@ -153,9 +154,9 @@ class CocoDetection(ImageFiles[Sample]):
             )
         self._summary = _summarise(self._file, content, selection)
         super().__init__(folder, [content.file_names[i] for i in selection.images], on_unreadable)
-        self._store(content, selection, np.asarray(category_ids))
+        self._store(content, selection)
 
-    def _store(self, content: _Content, selection: _Selection, category_ids: NDArray[np.int64]) -> None:
+    def _store(self, content: _Content, selection: _Selection) -> None:
         """Keep the selected images and annotations, as tensors: only those stay shared under spawn."""
         sizes = content.sizes[selection.images]
         # Annotations ordered by image; the sort is stable, so within an image the file's order is kept.
@@ -170,7 +171,7 @@ class CocoDetection(ImageFiles[Sample]):
         self._sizes = torch.from_numpy(sizes)  # (num_images, 2): width, height
         self._offsets = torch.from_numpy(offsets_of(np.bincount(place, minlength=len(selection.images))))
         self._boxes = torch.from_numpy(selection.boxes_xyxy[order])
-        self._labels = torch.from_numpy(np.searchsorted(category_ids, content.category_ids[chosen]) + 1)
+        self._labels = torch.from_numpy(_labels_in_order(content.category_ids[chosen], self.labels))
         self._areas = torch.from_numpy(content.areas[chosen])
         self._iscrowd = torch.from_numpy(content.iscrowd[chosen])
         self._annotation_ids = torch.from_numpy(content.annotation_ids[chosen])
@@ -191,7 +192,10 @@ class CocoDetection(ImageFiles[Sample]):
             "area": torch.from_numpy(sample.areas),
             "iscrowd": torch.from_numpy(sample.iscrowd),
         }
-        if self._masks:
+        if self._masks == "rle":
+            assert self._segmentations is not None
+            target["masks"] = self._segmentations.encoded(*self._span(self._offsets, index), *sample.image.shape[:2])
+        elif self._masks:
             target["masks"] = torch.from_numpy(sample.masks)
         return channels_first(sample.image), target
 
@@ -223,7 +227,7 @@ class CocoDetection(ImageFiles[Sample]):
             )
         first, last = self._span(self._offsets, index)
         masks = None
-        if self._segmentations is not None:
+        if self._segmentations is not None and self._masks != "rle":
             masks = self._segmentations.rasterise(first, last, height, width)
         return AnnotatedImage(
             image,
@@ -270,6 +274,54 @@ class CocoDetection(ImageFiles[Sample]):
     def summary(self) -> str:
         """One paragraph on what the file holds and what was left out of it."""
         return self._summary
+
+
+class CocoTargets(NamedTuple):
+    """The ground truth of an annotation file, for evaluation without its images."""
+
+    class_names: dict[int, str]  # label -> category name
+    category_ids: dict[int, int]  # label -> the file's category id
+    labels: dict[int, int]  # the file's category id -> label
+    targets: list[Target]  # one an image, in the file's order
+
+
+def read_coco_targets(annotations: str | os.PathLike[str], *, masks: bool = False) -> CocoTargets:
+    """The ground truth of a COCO instances file, whose images are not looked for.
+
+    Args:
+        annotations: the JSON file, as `CocoDetection` takes it.
+        masks: give the objects' masks, as run lengths. Every annotation must then have a segmentation.
+
+    Returns:
+        Targets as `CocoDetection` gives them with train=False and masks="rle", but with boxes in float64: as exact as
+        the file, for an evaluation that equals pycocotools'.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is no valid COCO instances file; the message lists every kind of mistake.
+    """
+    content = _read(Path(annotations), masks)
+    class_names, category_ids, labels = _labels_of(content)
+    order = np.argsort(content.image_indices, kind="stable")
+    offsets = offsets_of(np.bincount(content.image_indices, minlength=len(content.image_ids))).tolist()
+    segmentations = None if content.segmentations is None else content.segmentations.select(order)
+    boxes_xyxy = torch.from_numpy(_to_xyxy(content.boxes_xywh[order]))
+    object_labels = torch.from_numpy(_labels_in_order(content.category_ids[order], labels))
+    areas, iscrowd = torch.from_numpy(content.areas[order]), torch.from_numpy(content.iscrowd[order])
+    targets = []
+    for index, (first, last) in enumerate(itertools.pairwise(offsets)):
+        target: Target = {
+            "boxes": boxes_xyxy[first:last],
+            "labels": object_labels[first:last],
+            "image_id": int(content.image_ids[index]),
+            "area": areas[first:last],
+            "iscrowd": iscrowd[first:last],
+        }
+        if segmentations is not None:
+            width, height = content.sizes[index].tolist()
+            target["masks"] = segmentations.encoded(first, last, height, width)
+        targets.append(target)
+    return CocoTargets(class_names, category_ids, labels, targets)
 
 
 # What the JSON holds. Only the named fields are built; msgspec skips the rest without making objects.
@@ -340,7 +392,10 @@ class _Selection(NamedTuple):
 
 
 def _read(path: Path, masks: bool) -> _Content:
-    """Decode the file, with its segmentations for masks; every mistake of syntax or type ends here."""
+    """Decode the file, with its segmentations for masks, and check it: every mistake in it ends here."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"the annotation file {path} {what}; {describe_near(path, '.json')}")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty; it should be a COCO instances file")
     with path.open("rb") as file:
@@ -351,7 +406,7 @@ def _read(path: Path, masks: bool) -> _Content:
     except msgspec.ValidationError as error:
         _raise_structure_error(path, text, error)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        _raise_syntax_error(path, text, error)
+        raise syntax_error(path, text, error) from None
 
     image_ids = np.array([image.id for image in document.images], np.int64)
     num_annotations = len(document.annotations)
@@ -379,7 +434,7 @@ def _read(path: Path, masks: bool) -> _Content:
         iscrowd[part] = [bool(annotation.iscrowd) for annotation in chunk]
     sizes = np.array([(i.width, i.height) for i in document.images], np.int64).reshape(-1, 2)
     image_indices = _places(named_images, image_ids)
-    return _Content(
+    content = _Content(
         image_ids=image_ids,
         sizes=sizes,
         file_names=[image.file_name for image in document.images],
@@ -394,29 +449,8 @@ def _read(path: Path, masks: bool) -> _Content:
         segmentations=segmentations.segmentations() if segmentations else None,
         segmentation_mistakes=segmentations.mistakes(sizes, image_indices) if segmentations else [],
     )
-
-
-def _raise_syntax_error(path: Path, text: mmap.mmap, error: Exception) -> NoReturn:
-    """Name the place of a broken JSON and show it."""
-    found = re.search(r"\(byte (\d+)\)", str(error))
-    if isinstance(error, UnicodeDecodeError):
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
-    if found is None:  # "Input data was truncated"
-        tail = text[-60:].decode(errors="replace")
-        raise ValueError(
-            f"{path} is cut off: the JSON does not end where the file does, after {len(text)} bytes, at "
-            f"...{tail!r}; copy or download it again"
-        ) from None
-    byte = int(found[1])
-    excerpt = text[max(0, byte - 40) : byte + 20].decode(errors="replace")
-    line = text[:byte].count(b"\n") + 1
-    place = f"{path} is broken JSON at byte {byte}, line {line}, near ...{excerpt!r}..."
-    if text[byte : byte + 8].startswith((b"NaN", b"Infinity")):
-        raise ValueError(
-            f"{place}: NaN and Infinity are no JSON numbers, although Python writes them; find the annotation "
-            f"whose box or area was not finite and write a number, or leave it out"
-        ) from None
-    raise ValueError(f"{place}: {error}; repair it there or write it again") from None
+    _check_content(path, content)
+    return content
 
 
 def _raise_structure_error(path: Path, text: mmap.mmap, error: msgspec.ValidationError) -> NoReturn:
@@ -460,12 +494,17 @@ def _check_mixing(train: bool, mosaic: Mosaic | None, copy_paste: CopyPaste | No
             )
 
 
-def _check_paths_exist(folder: Path, file: Path) -> None:
+def _check_masks(masks: bool | Literal["rle"], train: bool, transform: Transform | None) -> None:
+    if masks not in (True, False, "rle"):
+        raise ValueError(f"masks={masks!r} is unknown; use True for pixels, 'rle' for run lengths, or False for none")
+    if masks == "rle" and (train or transform is not None):
+        given = "train=True" if train else "a transform"
+        raise ValueError(f"masks='rle' is given with {given}, but only masks as pixels can be changed; use masks=True")
+
+
+def _check_folder_exists(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"the image folder {folder} does not exist; {describe_near(folder, '')}")
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "does not exist"
-        raise FileNotFoundError(f"the annotation file {file} {what}; {describe_near(file, '.json')}")
 
 
 def _check_content(path: Path, content: _Content) -> None:
@@ -530,6 +569,18 @@ def _check_images_exist(folder: Path, file_names: Sequence[str]) -> None:
             f"{len(missing)} of {len(file_names)} images are not in {folder}: {listed(missing)}; it holds "
             f"{listed(found) if found else 'nothing'}. Check that the folder belongs to the annotation file"
         )
+
+
+def _labels_of(content: _Content) -> tuple[dict[int, str], dict[int, int], dict[int, int]]:
+    """label -> name, label -> category id, category id -> label, with labels 1..K by rising category id."""
+    category_ids = dict(enumerate(sorted(content.categories), start=1))
+    class_names = {label: content.categories[category_id] for label, category_id in category_ids.items()}
+    return class_names, category_ids, {category_id: label for label, category_id in category_ids.items()}
+
+
+def _labels_in_order(category_ids: NDArray[np.int64], labels: dict[int, int]) -> NDArray[np.int64]:
+    """The label of each category id; `labels` is by rising category id, from 1."""
+    return np.searchsorted(np.fromiter(labels, np.int64), category_ids) + 1
 
 
 def _select_all(content: _Content) -> _Selection:

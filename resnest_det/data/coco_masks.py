@@ -19,19 +19,10 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from resnest_det.coco_format import EncodedMask, RunLengths, encoded_mask
+
 # Pixels; far above any image. pycocotools walks along a polygon's edges in steps of a fifth of a pixel.
 _MAX_COORDINATE = 1e6
-_MAX_DIGITS = 7  # of a number in a compressed string: 35 bits
-
-_Side: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**16 - 1)]  # pycocotools counts pixels in 32 bits
-
-
-class RunLengths(msgspec.Struct, gc=False):
-    """A run-length mask as the JSON has it: counts of 0s, 1s, 0s ... down the columns, as a list or compressed."""
-
-    size: tuple[_Side, _Side]  # height, width
-    counts: str | list[int]
-
 
 Segmentation: TypeAlias = list[list[float]] | RunLengths | None
 Mistake: TypeAlias = tuple[NDArray[np.bool_], str]  # the annotations that are wrong (A,), and the rule
@@ -65,16 +56,22 @@ class Segmentations(NamedTuple):
         """The masks of the annotations first to last - 1, of 0 and 1, (N, height, width): pycocotools' annToMask."""
         if first == last:
             return np.zeros((0, height, width), np.uint8)
-        columns_first = coco_mask.decode([self._encoded(place, height, width) for place in range(first, last)])
+        columns_first = coco_mask.decode(self.encoded(first, last, height, width))
         return np.ascontiguousarray(columns_first.transpose(2, 0, 1))  # (H, W, N) -> (N, H, W)
 
-    def _encoded(self, annotation: int, height: int, width: int) -> dict[str, object]:
+    def encoded(self, first: int, last: int, height: int, width: int) -> list[EncodedMask]:
+        """The same masks as run lengths."""
+        return [self._encoded(place, height, width) for place in range(first, last)]
+
+    def _encoded(self, annotation: int, height: int, width: int) -> EncodedMask:
         """One annotation's mask as pycocotools' compressed run lengths."""
         begin, end = self.spans[annotation].tolist()
         segmentation = _decode(self.text[begin:end].numpy().tobytes())
         assert segmentation is not None  # by the rules
         if isinstance(segmentation, RunLengths):
-            return {"size": [height, width], "counts": _compressed(segmentation)}
+            mask = encoded_mask(height, width, segmentation.counts)
+            assert mask is not None  # by the rules
+            return mask
         polygons = [np.array(polygon) for polygon in segmentation]
         return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
@@ -103,7 +100,7 @@ class SegmentationReader:
         size = (0, 0)
         if isinstance(segmentation, RunLengths):
             size = segmentation.size
-            broken = 0 if _compressed(segmentation) else _COUNTS
+            broken = 0 if encoded_mask(*size, segmentation.counts) else _COUNTS
         elif is_checked and segmentation:
             broken = _POINTS if any(len(polygon) % 2 for polygon in segmentation) else 0
         else:
@@ -114,7 +111,7 @@ class SegmentationReader:
         self._broken_rules.append(broken)
 
     def segmentations(self) -> Segmentations:
-        """All of them. Only those without mistakes can be rasterised."""
+        """All of them. Only those without mistakes become masks."""
         ends = np.array(self._ends, np.int64)
         return Segmentations(
             # Not copied, as it is the bulk of it all; an empty buffer is refused.
@@ -153,38 +150,3 @@ def _broken_rules(polygons: list[list[float]] | None) -> int:
         if polygon and not -_MAX_COORDINATE <= min(polygon) <= max(polygon) <= _MAX_COORDINATE:
             broken |= _FAR
     return broken
-
-
-def _compressed(run_lengths: RunLengths) -> bytes | None:
-    """The compressed string, or None where the counts do not make a mask of the given size."""
-    (height, width), given = run_lengths.size, run_lengths.counts
-    counts = _decompressed(given.encode()) if isinstance(given, str) else given
-    if not counts or min(counts) < 0 or sum(counts) != height * width:
-        return None
-    if isinstance(given, str):
-        return given.encode()
-    encoded: bytes = coco_mask.frPyObjects({"size": [height, width], "counts": given}, height, width)["counts"]
-    return encoded
-
-
-def _decompressed(text: bytes) -> list[int]:
-    """The counts in a compressed string; none where it is not one, which pycocotools would read past the end of.
-
-    A number is a group of characters with 5 bits each, the lowest first, offset by 48; bit 6 says that the group
-    goes on, bit 5 of its last character is the sign. From the fourth on, numbers are differences to the one before
-    the last (rleFrString in pycocotools' maskApi.c).
-    """
-    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        return []
-    ends = np.flatnonzero(codes & 32 == 0) + 1
-    lengths = np.diff(ends, prepend=0)
-    if lengths.max() > _MAX_DIGITS:
-        return []
-    starts = ends - lengths
-    digits = np.arange(len(codes)) - np.repeat(starts, lengths)
-    counts = np.add.reduceat((codes & 31) << (5 * digits), starts)
-    counts -= np.where(codes[ends - 1] & 16, 1 << (5 * lengths), 0)
-    counts[1::2] = np.cumsum(counts[1::2])
-    counts[2::2] = np.cumsum(counts[2::2])
-    return counts.tolist()

@@ -1,6 +1,18 @@
-"""How good a model is: the loop over a validation set, and the metrics it feeds."""
+"""How good a model is: the loop over a validation set, the metrics it feeds, and what keeps them below 1."""
 
+from resnest_det.evaluation.box_fusion import non_maximum_suppression, weighted_boxes_fusion
 from resnest_det.evaluation.coco_map import ClassAveragePrecision, CocoMeanAveragePrecision
+from resnest_det.evaluation.coco_results import read_coco_results, write_coco_results
+from resnest_det.evaluation.detection_errors import (
+    ConfusionMatrix,
+    ErrorBreakdown,
+    PrecisionRecall,
+    confusion_matrix,
+    error_breakdown,
+    precision_recall,
+)
+from resnest_det.evaluation.detection_inference import DetectionInference
+from resnest_det.evaluation.image_boxes import ImageBoxes
 from resnest_det.evaluation.miou import ClassIoU, MeanIoU
 from resnest_det.evaluation.run import Metric, evaluate
 from resnest_det.evaluation.segmentation import SegmentationInference
@@ -9,8 +21,20 @@ __all__ = [
     "ClassAveragePrecision",
     "ClassIoU",
     "CocoMeanAveragePrecision",
+    "ConfusionMatrix",
+    "DetectionInference",
+    "ErrorBreakdown",
+    "ImageBoxes",
     "MeanIoU",
     "Metric",
+    "PrecisionRecall",
     "SegmentationInference",
+    "confusion_matrix",
+    "error_breakdown",
     "evaluate",
+    "non_maximum_suppression",
+    "precision_recall",
+    "read_coco_results",
+    "weighted_boxes_fusion",
+    "write_coco_results",
 ]

@@ -1,35 +1,44 @@
-"""COCO's average precision and recall of boxes.
+"""COCO's average precision and recall, of boxes and of masks.
 
-The numbers are those of pycocotools' COCOeval, which does the matching and the averaging; this file
-collects the boxes of a run, checks them, brings the processes together, and names the results.
+The matching and the precisions and recalls are those of pycocotools' COCOeval, or of hotcoco, which computes the same
+in Rust; this file collects the objects of a run, brings the processes together, averages, and names the results.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
+import itertools
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools import mask as coco_mask
 
 from resnest_det.distributed import gather_objects
+from resnest_det.evaluation.image_boxes import ImageBoxes, read_image_boxes, value_of
 
-# The order of COCOeval.stats.
+Backend: TypeAlias = Literal["pycocotools", "hotcoco"]
+Kind: TypeAlias = Literal["bbox", "segm"]
+
+# Where each has its classes COCO and COCOeval.
+_MODULES = {"pycocotools": ("pycocotools.coco", "pycocotools.cocoeval"), "hotcoco": ("hotcoco", "hotcoco")}
+
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-AR_NAMES = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+MASK_PREFIX = "mask_"
 
-# Where COCOeval's arrays keep an area range and, on their last axis, the limit of 100 detections a class
-# and image.
+# Where COCOeval's arrays keep an area range, a threshold, and the largest limit of detections.
 ALL, SMALL, MEDIUM, LARGE = range(4)
-LIMIT_100 = 2
-IOU_50 = 0  # the first of the thresholds 0.50, 0.55 … 0.95
+IOU_50, IOU_75 = 0, 5  # of the thresholds 0.50, 0.55 … 0.95
+ALL_DETECTIONS = -1
+LARGEST_AREA = 1e5**2  # COCO's: an object beyond it has no size
 
 LONGEST_NAME = 25  # characters of a class name in the table, so that a row fits 80 columns
 
@@ -38,8 +47,8 @@ LONGEST_NAME = 25  # characters of a class name in the table, so that a row fits
 class ClassAveragePrecision:
     """One class's results, in [0, 1], or -1.0 where the class has no ground truth in that area range.
 
-    AP, APs, APm and APl average over the IoU thresholds 0.50 to 0.95, as AR100 does; `num_boxes` counts the
-    ground-truth boxes of all sizes, crowds left out.
+    AP, APs, APm and APl average over the IoU thresholds 0.50 to 0.95, as AR does, the recall with all detections up
+    to the largest of `max_detections`; `num_boxes` counts the ground truth of all sizes, crowds left out.
     """
 
     label: int
@@ -49,34 +58,20 @@ class ClassAveragePrecision:
     APs: float
     APm: float
     APl: float
-    AR100: float
+    AR: float
     num_boxes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _ImageBoxes:
-    """One image's N ground-truth boxes and M detections, as COCO's (x, y, width, height) in pixels."""
-
-    true_boxes_xywh: NDArray[np.float64]  # (N, 4)
-    true_labels: NDArray[np.int64]  # (N,)
-    true_areas: NDArray[np.float64]  # (N,)
-    true_crowds: NDArray[np.bool_]  # (N,)
-    found_boxes_xywh: NDArray[np.float64]  # (M, 4)
-    found_labels: NDArray[np.int64]  # (M,)
-    found_scores: NDArray[np.float64]  # (M,)
 
 
 @dataclass(frozen=True, slots=True)
 class _Results:
     """What COCOeval computed; -1 in the arrays marks a class and area range without ground truth."""
 
-    summary: dict[str, float]
-    precision: NDArray[np.float64]  # (10 IoU thresholds, 101 recalls, classes, 4 area ranges, 3 limits)
-    recall: NDArray[np.float64]  # (10 IoU thresholds, classes, 4 area ranges, 3 limits)
+    precision: NDArray[np.float64]  # (10 IoU thresholds, 101 recalls, classes, 4 area ranges, limits of detections)
+    recall: NDArray[np.float64]  # (10 IoU thresholds, classes, 4 area ranges, limits of detections)
 
 
 class CocoMeanAveragePrecision:
-    """COCO's twelve numbers for boxes, and the average precision of each class.
+    """COCO's twelve numbers for boxes, twelve for masks where asked for, and the average precision of each class.
 
     Feed it with `update`, call `merge` once when every process has seen its images, then `compute`;
     `per_class` and `table` read what `compute` left. All of an image's predictions come in one update,
@@ -85,9 +80,22 @@ class CocoMeanAveragePrecision:
     Args:
         class_names: each label's name. Labels are whole numbers from 1: 0 is the background, which no box
             has. A class without boxes takes no part in the means.
+        masks: evaluate masks beside boxes.
+        backend: what matches and counts: "pycocotools", or "hotcoco", a package of its own, which gives the same
+            numbers in a fraction of the time.
+        max_detections: how many detections of a class in an image count, the best ones, in rising order. Each gives
+            a recall (AR1, AR10, AR100); everything else is of the largest.
+        area_ranges: pixels² up to which an object is small, and up to which it is medium.
+
+    Attributes:
+        class_names: by rising label.
+        backend: as given.
+        max_detections: as a tuple.
+        images: each image's objects and detections, by rising image id.
 
     Raises:
-        ValueError: `class_names` is empty, is no mapping, or has a label that is no int from 1.
+        ValueError: `class_names` is empty, is no mapping, or has a label that is no int from 1; the backend is unknown
+            or not installed; max_detections or area_ranges do not rise.
 
     Example:
         >>> metric = CocoMeanAveragePrecision({1: "cat", 2: "dog"})
@@ -98,7 +106,15 @@ class CocoMeanAveragePrecision:
         1.0
     """
 
-    def __init__(self, class_names: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        class_names: Mapping[int, str],
+        *,
+        masks: bool = False,
+        backend: Backend = "pycocotools",
+        max_detections: Sequence[int] = (1, 10, 100),
+        area_ranges: Sequence[float] = (32**2, 96**2),
+    ) -> None:
         if not isinstance(class_names, Mapping) or not class_names:
             raise ValueError(
                 f"class_names is {class_names!r}; give a mapping from label to name that is not empty, "
@@ -110,14 +126,35 @@ class CocoMeanAveragePrecision:
                     f"class_names has the label {label!r}; a label is an int from 1, as 0 is the background: "
                     f"leave the background out and count the classes from 1"
                 )
+        _check_backend(backend)
+        limits, borders = tuple(max_detections), tuple(area_ranges)
+        if not limits or not all(isinstance(limit, int) for limit in limits) or not _rises((0, *limits)):
+            raise ValueError(
+                f"max_detections is {max_detections!r}; give one or more numbers of detections from 1, each larger "
+                f"than the one before, such as (1, 10, 100)"
+            )
+        if len(borders) != 2 or not _rises((0, *borders, LARGEST_AREA)):
+            raise ValueError(
+                f"area_ranges is {area_ranges!r}; give the two areas in pixels² at which medium and large objects "
+                f"begin, rising between 0 and {LARGEST_AREA:g}, such as (32**2, 96**2)"
+            )
         self.class_names = {label: class_names[label] for label in sorted(class_names)}
-        self._images: dict[int, _ImageBoxes] = {}
-        self._results: _Results | None = None
+        self._kinds: tuple[Kind, ...] = ("bbox", "segm") if masks else ("bbox",)
+        self.backend, self.max_detections = backend, limits
+        small, medium = borders
+        self._area_ranges = [[0, LARGEST_AREA], [0, small], [small, medium], [medium, LARGEST_AREA]]
+        self._images: dict[int, ImageBoxes] = {}
+        self._results: dict[Kind, _Results] = {}
+
+    @property
+    def images(self) -> Mapping[int, ImageBoxes]:
+        """Each image's objects and detections, by rising image id."""
+        return MappingProxyType(dict(sorted(self._images.items())))
 
     def reset(self) -> None:
         """Forgets every image and every result."""
         self._images = {}
-        self._results = None
+        self._results = {}
 
     def update(self, predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> None:
         """Adds a batch of images. Nothing is added if it raises.
@@ -125,17 +162,18 @@ class CocoMeanAveragePrecision:
         Args:
             predictions: one dict an image, as torchvision's detectors return it: "boxes" (M, 4) xyxy in
                 pixels, "labels" (M,), "scores" (M,). Boxes with the same score keep the order they have
-                here.
+                here. Where masks are evaluated also "masks": the probability of each pixel, (M, 1, H, W) in [0, 1],
+                an object's where it is above 0.5; or M run lengths, {"size": [height, width], "counts": ...}.
             targets: one dict an image, in the same order: "image_id", an int; "boxes" (N, 4) xyxy in
                 pixels; "labels" (N,); if present "area" (N,), the area in pixels² that decides between
                 small, medium and large, the box's own where absent; if present "iscrowd" (N,), true for a
-                box over a crowd, which is no object to find: detections that match it do not count. Other
-                keys are not looked at.
+                box over a crowd, which is no object to find: detections that match it do not count. Where masks are
+                evaluated also "masks": (N, H, W) of 0 and 1, or N run lengths. Other keys are not looked at.
 
         Raises:
             ValueError: predictions and targets differ in number; a key is missing; an array's shape is
                 wrong; a box, score or area is not finite; a box ends before it starts; a label is not in
-                `class_names`; an image came before.
+                `class_names`; masks are of several sizes, no probabilities or no run lengths; an image came before.
         """
         if isinstance(predictions, Mapping):
             raise ValueError(
@@ -146,14 +184,15 @@ class CocoMeanAveragePrecision:
             raise ValueError(
                 f"{len(predictions)} predictions came for {len(targets)} targets; give one of each for every image"
             )
-        batch: dict[int, _ImageBoxes] = {}
+        batch: dict[int, ImageBoxes] = {}
         for prediction, target in zip(predictions, targets, strict=True):
             image_id = _image_id(target)
             if image_id in self._images or image_id in batch:
                 raise ValueError(_seen_twice(image_id))
-            batch[image_id] = self._read(image_id, prediction, target)
+            masks = "segm" in self._kinds
+            batch[image_id] = read_image_boxes(image_id, prediction, target, self.class_names, masks=masks)
         self._images.update(batch)
-        self._results = None
+        self._results = {}
 
     def merge(self) -> None:
         """Brings together the images of all processes of a distributed run, on each of them.
@@ -164,62 +203,55 @@ class CocoMeanAveragePrecision:
         Raises:
             ValueError: two processes saw the same image.
         """
-        merged: dict[int, _ImageBoxes] = {}
+        merged: dict[int, ImageBoxes] = {}
         for images in gather_objects(self._images):
             for image_id, image in images.items():
                 if image_id in merged:
                     raise ValueError(_seen_twice(image_id))
                 merged[image_id] = image
         self._images = merged
-        self._results = None
+        self._results = {}
 
     def compute(self) -> dict[str, float]:
-        """The twelve numbers that COCO reports, each in [0, 1].
+        """The twelve numbers that COCO reports, each in [0, 1], of boxes and, where asked for, of masks.
 
         AP averages precision over recall, over the IoU thresholds 0.50 to 0.95 and over the classes; AP50
         and AP75 take one threshold; APs, APm and APl take the objects with an area up to 32² pixels, from
         32² to 96², and from 96² on. AR1, AR10 and AR100 are the recall that so many detections of a class
-        in an image reach, averaged alike; ARs, ARm and ARl are AR100 by area.
+        in an image reach, averaged alike; ARs, ARm and ARl are AR100 by area. Other `max_detections` and
+        `area_ranges` take the places of 1, 10 and 100 and of 32² and 96².
 
         Returns:
-            The keys AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl in this order. A number
-            is -1.0 where there is no ground truth to find (no large object: APl and ARl), as in
-            pycocotools, and 0.0 where there is but nothing was detected.
+            The keys AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl in this order, then those of masks
+            with "mask_" before them. A number is -1.0 where there is no ground truth to find (no large object: APl and
+            ARl), as in pycocotools, and 0.0 where there is but nothing was detected.
 
         Raises:
             ValueError: no image was added.
         """
         if not self._images:
             raise ValueError("no images to evaluate: call update() first, and check that the loader is not empty")
-        # COCOeval goes through the images by id, whatever their order here, and sorts scores stably. So equal
-        # scores are ranked alike, whichever process saw which image and when. Its progress goes to print().
-        with redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(self._ground_truth(), self._detections(), iouType="bbox")
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        numbers = (float(number) for number in evaluation.stats)
-        self._results = _Results(
-            summary=dict(zip(AP_NAMES + AR_NAMES, numbers, strict=True)),
-            precision=evaluation.eval["precision"],
-            recall=evaluation.eval["recall"],
-        )
-        return dict(self._results.summary)
+        self._results = {kind: self._evaluate(kind) for kind in self._kinds}
+        return {
+            f"{MASK_PREFIX if kind == 'segm' else ''}{name}": number
+            for kind in self._kinds
+            for name, number in self._summary(kind).items()
+        }
 
-    def per_class(self) -> list[ClassAveragePrecision]:
-        """Each class's results, by label.
+    def per_class(self, *, masks: bool = False) -> list[ClassAveragePrecision]:
+        """Each class's results by label, of its boxes or of its masks.
 
         Raises:
-            ValueError: `compute` has not run since images were last added.
+            ValueError: `compute` has not run since images were last added, or masks are not evaluated.
         """
-        results = self._computed()
+        results = self._computed("segm" if masks else "bbox")
         num_boxes = dict.fromkeys(self.class_names, 0)
         for image in self._images.values():
             for label in image.true_labels[~image.true_crowds].tolist():
                 num_boxes[label] += 1
         rows = []
         for k, (label, name) in enumerate(self.class_names.items()):
-            precision = results.precision[:, :, k, :, LIMIT_100]  # (10 thresholds, 101 recalls, 4 area ranges)
+            precision = results.precision[:, :, k, :, ALL_DETECTIONS]  # (10 thresholds, 101 recalls, 4 area ranges)
             row = ClassAveragePrecision(
                 label=label,
                 name=name,
@@ -228,122 +260,186 @@ class CocoMeanAveragePrecision:
                 APs=_mean(precision[:, :, SMALL]),
                 APm=_mean(precision[:, :, MEDIUM]),
                 APl=_mean(precision[:, :, LARGE]),
-                AR100=_mean(results.recall[:, k, ALL, LIMIT_100]),
+                AR=_mean(results.recall[:, k, ALL, ALL_DETECTIONS]),
                 num_boxes=num_boxes[label],
             )
             rows.append(row)
         return rows
 
     def table(self) -> str:
-        """The twelve numbers and each class's results as aligned text, 80 columns wide at most; "-" for -1.
+        """The numbers and each class's results as aligned text, and what computed them; "-" for -1.
+
+        The text is 80 columns wide at most, with up to seven `max_detections`.
 
         Raises:
             ValueError: `compute` has not run since images were last added.
         """
-        summary = self._computed().summary
-        lines = []
-        for names in (AP_NAMES, AR_NAMES):
-            lines.append("".join(f"{name:>8}" for name in names))
-            lines.append("".join(f"{_number(summary[name]):>8}" for name in names))
-        rows = self.per_class()
+        return "\n\n".join(self._table(kind) for kind in self._kinds)
+
+    def results_json(self, category_ids: Mapping[int, int]) -> list[dict[str, Any]]:
+        """The detections in COCO's format of results, which `coco_results` writes and reads, by rising image id.
+
+        Args:
+            category_ids: each label's category id in the annotation file, such as `CocoDetection.category_ids`.
+
+        Raises:
+            ValueError: a label has no category id.
+        """
+        unknown = sorted(self.class_names.keys() - category_ids.keys())
+        if unknown:
+            raise ValueError(
+                f"category_ids has no id for the label {unknown[0]}, only for {sorted(category_ids)}; give the "
+                f"category_ids of the data set whose classes these are"
+            )
+        detections = []
+        for image_id, image in self.images.items():
+            columns = (image.found_boxes_xywh, image.found_labels, image.found_scores)
+            for m, (box, label, score) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+                detection = {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+                if image.found_masks is not None:
+                    mask = image.found_masks[m]
+                    detection["segmentation"] = {"size": mask["size"], "counts": mask["counts"].decode()}
+                detections.append(detection)
+        return detections
+
+    def _table(self, kind: Kind) -> str:
+        summary, objects = self._summary(kind), "boxes" if kind == "bbox" else "masks"
+        lines = [f"{objects}, by {self.backend}"]
+        for prefix in ("AP", "AR"):
+            named = {name: number for name, number in summary.items() if name.startswith(prefix)}
+            lines.append("".join(f"{name:>8}" for name in named))
+            lines.append("".join(f"{_number(number):>8}" for number in named.values()))
+        rows = self.per_class(masks=kind == "segm")
         width = min(max(len("class"), *(len(row.name) for row in rows)), LONGEST_NAME)
-        heads = "".join(f"{head:>7}" for head in ("AP", "AP50", "APs", "APm", "APl", "AR100"))
-        lines += ["", f"label {'class':<{width}}{heads}  boxes"]
+        heads = ("AP", "AP50", "APs", "APm", "APl", f"AR{self.max_detections[ALL_DETECTIONS]}")
+        lines += ["", f"label {'class':<{width}}{''.join(f'{head:>7}' for head in heads)}  {objects}"]
         for row in rows:
             name = row.name if len(row.name) <= width else row.name[: width - 1] + "…"
-            numbers = (row.AP, row.AP50, row.APs, row.APm, row.APl, row.AR100)
+            numbers = (row.AP, row.AP50, row.APs, row.APm, row.APl, row.AR)
             cells = "".join(f"{_number(number):>7}" for number in numbers)
             lines.append(f"{row.label:>5} {name:<{width}}{cells}{row.num_boxes:>7}")
         return "\n".join(lines)
 
-    def _read(self, image_id: int, prediction: Mapping[str, Any], target: Mapping[str, Any]) -> _ImageBoxes:
-        """One image's values, checked, and copied so that no tensor of the model or the loader is kept."""
-        expected, found = f"target of image {image_id}", f"prediction for image {image_id}"
-        true_boxes_xywh = _boxes_xywh(target, expected)
-        found_boxes_xywh = _boxes_xywh(prediction, found)
-        num_true, num_found = len(true_boxes_xywh), len(found_boxes_xywh)
-        return _ImageBoxes(
-            true_boxes_xywh=true_boxes_xywh,
-            true_labels=self._labels(target, num_true, expected),
-            true_areas=(
-                _one_per_box(target, "area", num_true, expected)
-                if "area" in target
-                else true_boxes_xywh[:, 2] * true_boxes_xywh[:, 3]
-            ),
-            true_crowds=(
-                _one_per_box(target, "iscrowd", num_true, expected).astype(np.bool_)
-                if "iscrowd" in target
-                else np.zeros(num_true, dtype=np.bool_)
-            ),
-            found_boxes_xywh=found_boxes_xywh,
-            found_labels=self._labels(prediction, num_found, found),
-            found_scores=_one_per_box(prediction, "scores", num_found, found),
+    def _summary(self, kind: Kind) -> dict[str, float]:
+        """The means over classes, by name: those of COCOeval.summarize, which knows no other limits and ranges."""
+        results = self._computed(kind)
+        precision, recall = results.precision[..., ALL_DETECTIONS], results.recall
+        numbers = [
+            _mean(precision[..., ALL]),
+            _mean(precision[IOU_50, ..., ALL]),
+            _mean(precision[IOU_75, ..., ALL]),
+            *(_mean(precision[..., size]) for size in (SMALL, MEDIUM, LARGE)),
+        ]
+        summary = dict(zip(AP_NAMES, numbers, strict=True))
+        for m, limit in enumerate(self.max_detections):
+            summary[f"AR{limit}"] = _mean(recall[:, :, ALL, m])
+        for name, size in (("ARs", SMALL), ("ARm", MEDIUM), ("ARl", LARGE)):
+            summary[name] = _mean(recall[:, :, size, ALL_DETECTIONS])
+        return summary
+
+    def _evaluate(self, kind: Kind) -> _Results:
+        coco_module, eval_module = map(importlib.import_module, _MODULES[self.backend])
+        datasets = []
+        for objects in (self._ground_truth(kind), self._detections(kind)):
+            # What COCO.loadRes builds of detections, without the masks it draws around boxes, and for none too.
+            dataset = coco_module.COCO()
+            dataset.dataset = {
+                "images": self._image_sizes(kind),
+                "annotations": objects,
+                "categories": [{"id": label, "name": name} for label, name in self.class_names.items()],
+            }
+            datasets.append(dataset)
+        # Progress goes to print(); hotcoco warns of limits and ranges that are not COCO's.
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            for dataset in datasets:
+                dataset.createIndex()
+            evaluation = eval_module.COCOeval(*datasets, iouType=kind)
+            evaluation.params.maxDets = list(self.max_detections)
+            evaluation.params.areaRng = self._area_ranges
+            evaluation.evaluate()
+            evaluation.accumulate()
+            return _Results(evaluation.eval["precision"], evaluation.eval["recall"])
+
+    # COCOeval goes through the images by id and sorts scores stably, so images are numbered here by rising id: equal
+    # scores are ranked alike, whichever process saw which image and when.
+
+    def _image_sizes(self, kind: Kind) -> list[dict[str, Any]]:
+        sizes = []
+        for number, image in enumerate(self.images.values()):
+            size = {"id": number}
+            if kind == "segm":
+                masks = [*(image.true_masks or []), *(image.found_masks or [])]
+                size["height"], size["width"] = masks[0]["size"] if masks else (0, 0)
+            sizes.append(size)
+        return sizes
+
+    def _ground_truth(self, kind: Kind) -> list[dict[str, Any]]:
+        annotations: list[dict[str, Any]] = []
+        for number, image in enumerate(self.images.values()):
+            columns = (image.true_boxes_xywh, image.true_labels, image.true_areas, image.true_crowds)
+            for n, (box, label, area, crowd) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+                annotation = {
+                    "id": len(annotations) + 1,  # from 1: COCOeval reads 0 as "not matched"
+                    "image_id": number,
+                    "category_id": label,
+                    "bbox": box,
+                    "area": area,
+                    "iscrowd": int(crowd),
+                }
+                if kind == "segm":
+                    assert image.true_masks is not None
+                    annotation["segmentation"] = image.true_masks[n]
+                annotations.append(annotation)
+        return annotations
+
+    def _detections(self, kind: Kind) -> list[dict[str, Any]]:
+        annotations: list[dict[str, Any]] = []
+        for number, image in enumerate(self.images.values()):
+            areas = image.found_boxes_xywh[:, 2] * image.found_boxes_xywh[:, 3]
+            if kind == "segm":
+                assert image.found_masks is not None
+                areas = coco_mask.area(image.found_masks) if image.found_masks else np.zeros(0)
+            columns = (image.found_boxes_xywh, image.found_labels, areas, image.found_scores)
+            for m, (box, label, area, score) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+                annotation = {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": label,
+                    "bbox": box,
+                    "area": area,
+                    "score": score,
+                }
+                if kind == "segm":
+                    assert image.found_masks is not None
+                    annotation["segmentation"] = image.found_masks[m]
+                annotations.append(annotation)
+        return annotations
+
+    def _computed(self, kind: Kind) -> _Results:
+        if kind not in self._kinds:
+            raise ValueError("masks are not evaluated; make the metric with masks=True")
+        if kind not in self._results:
+            raise ValueError("there are no results of the images added so far: call compute() first")
+        return self._results[kind]
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in _MODULES:
+        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, _MODULES))}")
+    if importlib.util.find_spec(backend) is None:
+        raise ValueError(
+            f"backend={backend!r} needs the package {backend}, which is not installed: "
+            f'pip install "resnest-det[{backend}]", or use backend="pycocotools"'
         )
 
-    def _labels(self, item: Mapping[str, Any], num_boxes: int, source: str) -> NDArray[np.int64]:
-        labels = _one_per_box(item, "labels", num_boxes, source)
-        for label in labels.tolist():
-            if label not in self.class_names:
-                raise ValueError(
-                    f"{source}: label {label:g} is not in class_names, which has {len(self.class_names)} "
-                    f"labels from {min(self.class_names)} to {max(self.class_names)}; give the model and the "
-                    f"metric the classes of the data set being evaluated"
-                )
-        return labels.astype(np.int64)
 
-    def _ground_truth(self) -> COCO:
-        annotations: list[dict[str, Any]] = []
-        for image_id, image in self._images.items():
-            columns = (image.true_boxes_xywh, image.true_labels, image.true_areas, image.true_crowds)
-            for box, label, area, crowd in zip(*(column.tolist() for column in columns), strict=True):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,  # from 1: COCOeval reads 0 as "not matched"
-                        "image_id": image_id,
-                        "category_id": label,
-                        "bbox": box,
-                        "area": area,
-                        "iscrowd": int(crowd),
-                    }
-                )
-        return self._indexed(annotations)
-
-    def _detections(self) -> COCO:
-        # What COCO.loadRes builds, without the masks it draws around the boxes, and for no detections too.
-        annotations: list[dict[str, Any]] = []
-        for image_id, image in self._images.items():
-            columns = (image.found_boxes_xywh, image.found_labels, image.found_scores)
-            for box, label, score in zip(*(column.tolist() for column in columns), strict=True):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image_id,
-                        "category_id": label,
-                        "bbox": box,
-                        "area": box[2] * box[3],
-                        "score": score,
-                    }
-                )
-        return self._indexed(annotations)
-
-    def _indexed(self, annotations: Sequence[dict[str, Any]]) -> COCO:
-        coco = COCO()
-        coco.dataset = {
-            "images": [{"id": image_id} for image_id in self._images],
-            "annotations": annotations,
-            "categories": [{"id": label, "name": name} for label, name in self.class_names.items()],
-        }
-        coco.createIndex()
-        return coco
-
-    def _computed(self) -> _Results:
-        if self._results is None:
-            raise ValueError("there are no results of the images added so far: call compute() first")
-        return self._results
+def _rises(numbers: Sequence[float]) -> bool:
+    return all(a < b for a, b in itertools.pairwise(numbers))
 
 
 def _image_id(target: Mapping[str, Any]) -> int:
-    value = _value(target, "image_id", "a target")
+    value = value_of(target, "image_id", "a target")
     try:
         return operator.index(value)  # an int, a NumPy integer, or a tensor with one integer
     except TypeError as error:
@@ -356,53 +452,6 @@ def _seen_twice(image_id: int) -> str:
         f"merge() once; in a distributed run use a sampler that does not pad (DistributedSampler repeats "
         f"images to give every process as many)"
     )
-
-
-def _value(item: Mapping[str, Any], key: str, source: str) -> Any:
-    if key not in item:
-        raise ValueError(f"{source} has no {key!r}, only {sorted(item)}; {key!r} is needed")
-    return item[key]
-
-
-def _array(value: Any) -> NDArray[np.float64]:
-    # On the CPU first, as not every device has float64; float32 and bfloat16 become float64 exactly.
-    return torch.as_tensor(value).detach().cpu().double().numpy().copy()
-
-
-def _boxes_xywh(item: Mapping[str, Any], source: str) -> NDArray[np.float64]:
-    boxes_xyxy = _array(_value(item, "boxes", source))
-    if boxes_xyxy.ndim != 2 or boxes_xyxy.shape[1] != 4:
-        raise ValueError(
-            f"{source}: boxes has the shape {boxes_xyxy.shape}; it must be (N, 4), so (0, 4) without boxes"
-        )
-    _check_finite(boxes_xyxy, "boxes", source)
-    sizes = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-    reversed_boxes = boxes_xyxy[(sizes < 0).any(axis=1)]
-    if len(reversed_boxes):
-        raise ValueError(
-            f"{source}: the box {reversed_boxes[0].tolist()} ends before it starts; boxes are xyxy (x1, y1, "
-            f"x2, y2) in pixels: convert boxes given as (x, y, width, height)"
-        )
-    return np.concatenate([boxes_xyxy[:, :2], sizes], axis=1)
-
-
-def _one_per_box(item: Mapping[str, Any], key: str, num_boxes: int, source: str) -> NDArray[np.float64]:
-    values = _array(_value(item, key, source))
-    if values.shape != (num_boxes,):
-        raise ValueError(
-            f"{source}: {key} has the shape {values.shape} beside {num_boxes} boxes; it must be ({num_boxes},)"
-        )
-    _check_finite(values, key, source)
-    return values
-
-
-def _check_finite(values: NDArray[np.float64], key: str, source: str) -> None:
-    wrong = values[~np.isfinite(values)]
-    if wrong.size:
-        raise ValueError(
-            f"{source}: {key} holds {wrong[0]} ({wrong.size} of {values.size} values are not finite); every "
-            f"value must be a number: did the training diverge?"
-        )
 
 
 def _mean(values: NDArray[np.float64]) -> float:

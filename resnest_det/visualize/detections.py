@@ -1,4 +1,4 @@
-"""Detections drawn onto images, and ground truth beside prediction."""
+"""Detections drawn onto images, boxes and masks, and ground truth beside prediction."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
 
 from resnest_det.visualize.pictures import (
     BLACK,
@@ -25,6 +26,9 @@ from resnest_det.visualize.pictures import (
 )
 
 Rectangle = tuple[float, float, float, float]  # xyxy
+Masks = Array | Sequence[Any]
+
+_MASK_SHARE = 0.45  # of the colour within a mask, the rest is the image's
 
 
 def draw_boxes(
@@ -35,9 +39,10 @@ def draw_boxes(
     scores: Array | None = None,
     *,
     iscrowd: Array | None = None,
+    masks: Masks | None = None,
     scale: int | None = None,
 ) -> Picture:
-    """A picture of the image with its boxes and their classes' names.
+    """A picture of the image with its boxes, their classes' names, and masks where there are some.
 
     Names stand above their box, or where they are inside the picture and cover no other name. Boxes of high
     score are drawn over those of low score. The boxes of crowds are dashed.
@@ -49,6 +54,8 @@ def draw_boxes(
         class_names: the name of each label.
         scores: (N,) in [0, 1], written behind the names; None for ground truth.
         iscrowd: (N,) booleans; None where nothing is a crowd.
+        masks: (N, H, W) or (N, 1, H, W) in [0, 1], an object's where above 0.5; or N of COCO's run lengths, compressed,
+            of the image's size. None for none.
         scale: whole factor by which to enlarge the picture; None enlarges small images until labels can be read.
 
     Returns:
@@ -83,6 +90,8 @@ def draw_boxes(
         scale = readable_scale(height, width)
     elif scale < 1:
         raise ValueError(f"scale is {scale}, expected a whole number from 1; leave it out for a fitting one")
+    if masks is not None:
+        pixels = _with_masks(pixels, _dense_masks(masks, (num_boxes, height, width)), colours, order)
     canvas = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(canvas)
     line_width = max(2, round(max(canvas.size) / 180))
@@ -108,7 +117,7 @@ def draw_boxes(
 def compare_detections(
     images: Sequence[Array],
     targets: Sequence[Mapping[str, Any]],
-    predictions: Sequence[Mapping[str, Array]],
+    predictions: Sequence[Mapping[str, Any]],
     class_names: Mapping[int, str],
     *,
     min_score: float = 0.5,
@@ -118,8 +127,8 @@ def compare_detections(
 
     Args:
         images: uint8 RGB images as `draw_boxes` takes them.
-        targets: for each image "boxes" (N, 4) xyxy and "labels" (N,); "iscrowd" (N,) where there is one.
-        predictions: for each image "boxes" (M, 4) xyxy, "labels" (M,) and "scores" (M,).
+        targets: for each image "boxes" (N, 4) xyxy and "labels" (N,); "iscrowd" (N,) and "masks" where there are some.
+        predictions: for each image "boxes" (M, 4) xyxy, "labels" (M,) and "scores" (M,); "masks" where there are some.
         class_names: the name of each label.
         min_score: predictions of a lower score are not drawn, in [0, 1].
         names: what stands above each row, such as file names; None for nothing.
@@ -139,8 +148,18 @@ def compare_detections(
     for image, target, prediction in zip(images, targets, predictions, strict=True):
         certain = as_array(prediction["scores"]) >= min_score
         boxes, labels, scores = (as_array(prediction[key])[certain] for key in ("boxes", "labels", "scores"))
-        truth = draw_boxes(image, target["boxes"], target["labels"], class_names, iscrowd=target.get("iscrowd"))
-        rows.append([truth, draw_boxes(image, boxes, labels, class_names, scores)])
+        masks = None
+        if "masks" in prediction:
+            masks = [mask for mask, drawn in zip(prediction["masks"], certain, strict=True) if drawn]
+        truth = draw_boxes(
+            image,
+            target["boxes"],
+            target["labels"],
+            class_names,
+            iscrowd=target.get("iscrowd"),
+            masks=target.get("masks"),
+        )
+        rows.append([truth, draw_boxes(image, boxes, labels, class_names, scores, masks=masks)])
     return contact_sheet(rows, column_titles=("ground truth", "prediction"), row_titles=names)
 
 
@@ -149,6 +168,30 @@ def _one_per_box(values: Array, name: str, num_boxes: int) -> npt.NDArray[Any]:
     if array.shape != (num_boxes,):
         raise ValueError(f"{name} has shape {array.shape}, expected ({num_boxes},); give one value a box")
     return array
+
+
+def _dense_masks(masks: Masks, shape: tuple[int, int, int]) -> npt.NDArray[np.bool_]:
+    """(N, H, W), whether each pixel is the object's."""
+    dense = [coco_mask.decode(mask) if isinstance(mask, Mapping) else as_array(mask) for mask in masks]
+    stacked = np.stack(dense) if dense else np.zeros(shape)
+    if stacked.ndim == 4 and stacked.shape[1] == 1:
+        stacked = stacked[:, 0]
+    if stacked.shape != shape:
+        raise ValueError(
+            f"masks have shape {stacked.shape}, expected {shape}; give one mask a box, of the image's size"
+        )
+    return stacked > 0.5
+
+
+def _with_masks(
+    pixels: Picture, masks: npt.NDArray[np.bool_], colours: Sequence[Colour], order: npt.NDArray[np.int64]
+) -> Picture:
+    """The picture with the masks in their colours, half transparent, the last of `order` over the others."""
+    painted = pixels.astype(np.float64)
+    for index in order:
+        inside = masks[index]
+        painted[inside] = (1 - _MASK_SHARE) * pixels[inside] + _MASK_SHARE * np.array(colours[index])
+    return painted.round().astype(np.uint8)
 
 
 def _text_colour(background: Colour) -> Colour:

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
-from resnest_det.data import CocoDetection, DetectionAugmentation
+from resnest_det.data import CocoDetection, DetectionAugmentation, read_coco_targets
 
 # pycocotools' extension module answers NumPy's newer protocol in an older way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -186,6 +186,75 @@ def test_flipped_masks_stay_in_their_boxes(real_data: Callable[[str], Path]) -> 
             y, x = mask.nonzero().unbind(dim=1)
             around = torch.stack((x.min(), y.min(), x.max() + 1, y.max() + 1))
             assert (around - box).abs().max() <= 3  # annotated boxes and masks differ by a pixel or two
+
+
+# --- run lengths
+
+
+def test_run_lengths_are_the_masks(tmp_path: Path) -> None:
+    kinds = [[SQUARE], run_lengths(noise(0), compressed=False), run_lengths(noise(1), compressed=True)]
+    file = write(tmp_path, [annotation(i, kind, image_id=1 + i % 2) for i, kind in enumerate(kinds)], num_images=3)
+    pixels, encoded = read(file), CocoDetection(tmp_path / "images", file, masks="rle")
+    for (picture, dense), (_, target) in zip(pixels, encoded, strict=True):
+        assert [mask["size"] for mask in target["masks"]] == [[HEIGHT, WIDTH]] * len(dense["boxes"])
+        decoded = [coco_mask.decode(mask) for mask in target["masks"]]
+        assert np.array_equal(np.array(decoded).reshape(-1, *picture.shape[1:]), dense["masks"].numpy())
+        assert target["image_id"] == dense["image_id"]
+    assert len(encoded[2][1]["masks"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"masks": "rle", "train": True}, "masks='rle' is given with train=True, but only masks as pixels can be"),
+        ({"masks": "rle", "transform": upper_left_corner}, "masks='rle' is given with a transform, but only masks as"),
+        ({"masks": "RLE"}, "masks='RLE' is unknown; use True for pixels, 'rle' for run lengths, or False for none"),
+    ],
+)
+def test_run_lengths_are_for_evaluation(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CocoDetection(tmp_path / "images", write(tmp_path, []), **arguments)
+
+
+def test_targets_without_images_are_those_of_the_data_set(tmp_path: Path) -> None:
+    annotations = [
+        annotation(5, [SQUARE], image_id=2, bbox=[1.25, 2, 3.5, 4], area=7.5),
+        annotation(6, run_lengths(noise(0), compressed=False), image_id=1, iscrowd=1, category_id=3),
+        annotation(7, [SQUARE], image_id=2, category_id=3),
+    ]
+    file = write(tmp_path, annotations, num_images=3)
+    content = json.loads(file.read_text())
+    content["categories"] = [{"id": 3, "name": "late"}, {"id": 1, "name": "early"}]
+    file.write_text(json.dumps(content))
+    data = CocoDetection(tmp_path / "images", file, masks="rle")
+    expected = [target for _, target in data]
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
+    truth = read_coco_targets(file, masks=True)
+    assert truth.class_names == data.class_names == {1: "early", 2: "late"}
+    assert truth.category_ids == data.category_ids == {1: 1, 2: 3}
+    assert truth.labels == data.labels == {1: 1, 3: 2}
+    for target, other in zip(truth.targets, expected, strict=True):
+        assert target.keys() == other.keys()
+        assert target["boxes"].dtype == torch.float64
+        assert target["boxes"].float().equal(other["boxes"])
+        assert all(target[key].equal(other[key]) for key in ("labels", "area", "iscrowd"))
+        assert all(target[key] == other[key] for key in ("image_id", "masks"))
+    assert truth.targets[1]["boxes"].tolist() == [[1.25, 2.0, 4.75, 6.0], [0.0, 0.0, WIDTH, HEIGHT]]
+    assert "masks" not in read_coco_targets(file).targets[0]
+
+
+def test_targets_keep_every_digit_of_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, [annotation(1, [SQUARE], bbox=[0.1, 0.2, 0.3, 0.4])])
+    assert read_coco_targets(file).targets[0]["boxes"].tolist() == [[0.1, 0.2, 0.1 + 0.3, 0.2 + 0.4]]
+
+
+def test_targets_of_a_wrong_file(tmp_path: Path) -> None:
+    file = write(tmp_path, [annotation(1, [SQUARE], image_id=4)])
+    with pytest.raises(ValueError, match=r"instances\.json .*\n- 1 annotations: image_id names no image of the file"):
+        read_coco_targets(file)
+    with pytest.raises(FileNotFoundError, match=r"the annotation file .*none\.json does not exist"):
+        read_coco_targets(tmp_path / "none.json")
 
 
 # --- sharing with workers

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 
 from resnest_det.visualize import class_colour, compare_detections, draw_boxes
 
@@ -94,6 +95,25 @@ def test_names_of_equal_boxes_do_not_cover_each_other() -> None:
     assert num_text_pixels(both) == singly
 
 
+def test_masks_are_painted_as_they_come() -> None:
+    """Dense, as a detector returns them, or as run lengths: in their class's colour, and nowhere else."""
+    image = np.full((200, 300, 3), 100, np.uint8)
+    boxes, labels = np.array([[50.0, 40.0, 100.0, 90.0], [150.0, 100.0, 250.0, 180.0]]), np.array([1, 2])
+    masks = np.zeros((2, 200, 300), np.uint8)
+    masks[0, 40:90, 50:100] = masks[1, 100:180, 150:250] = 1
+    plain = draw_boxes(image, boxes, labels, NAMES, scale=1)
+    drawn = draw_boxes(image, boxes, labels, NAMES, masks=masks, scale=1)
+    for (x, y), label in zip(((75, 65), (200, 140)), labels, strict=True):
+        assert drawn[y, x].tolist() == [round(0.55 * 100 + 0.45 * part) for part in class_colour(label)]
+    outside = ~masks.any(axis=0)
+    assert np.array_equal(drawn[outside], plain[outside])
+    encoded = [coco_mask.encode(np.asfortranarray(mask)) for mask in masks]
+    for form in (torch.from_numpy(masks)[:, None] * 0.9, encoded):
+        assert np.array_equal(draw_boxes(image, boxes, labels, NAMES, masks=form, scale=1), drawn)
+    nothing = np.zeros((0, 4)), np.zeros(0, np.int64)
+    assert np.array_equal(draw_boxes(image, *nothing, NAMES, masks=[], scale=1), image)
+
+
 def test_crowd_is_dashed() -> None:
     def share_of_left_side(crowd: bool) -> float:
         picture = draw_boxes(GREY, BOX, np.array([1]), NAMES, iscrowd=np.array([crowd]), scale=6)
@@ -121,6 +141,8 @@ def test_crowd_is_dashed() -> None:
         ({"labels": np.array([7])}, r"label 7 has no name in class_names, which begins: 1 disc, 2 square"),
         ({"scores": np.zeros((1, 1))}, r"scores has shape \(1, 1\), expected \(1,\)"),
         ({"iscrowd": np.zeros(0)}, r"iscrowd has shape \(0,\), expected \(1,\)"),
+        ({"masks": np.zeros((1, 6, 8))}, r"masks have shape \(1, 6, 8\), expected \(1, 60, 80\); give one mask a box"),
+        ({"masks": np.zeros((2, 60, 80))}, r"masks have shape \(2, 60, 80\), expected \(1, 60, 80\)"),
         ({"scale": 0}, r"scale is 0, expected a whole number from 1"),
     ],
 )

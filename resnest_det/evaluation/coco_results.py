@@ -1,0 +1,198 @@
+"""Files of detections in COCO's format of results: written, and read back as predictions.
+
+The format is a list of {"image_id", "category_id", "bbox": [x, y, width, height], "score"}, in pixels; for masks also
+"segmentation", run lengths {"size": [height, width], "counts": compressed string}. Ids are those of the annotation
+file. Source: https://cocodataset.org/#format-results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+
+from resnest_det.coco_format import EncodedMask, RunLengths, encoded_masks, syntax_error
+
+_NUM_SHOWN = 5  # how many detections or ids a message lists
+_MAX_COORDINATE = 1e9  # pixels; far above any image
+
+
+class _Detection(msgspec.Struct, gc=False):
+    image_id: int
+    category_id: int
+    score: float
+    bbox: tuple[float, float, float, float] | None = None
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")  # decoded where it is needed
+
+
+_decode_segmentation = msgspec.json.Decoder(RunLengths | None).decode
+
+
+def write_coco_results(path: str | os.PathLike[str], detections: Sequence[Mapping[str, Any]]) -> None:
+    """Write detections, such as those of `CocoMeanAveragePrecision.results_json`, as a file of results."""
+    Path(path).write_bytes(msgspec.json.encode(detections))
+
+
+def read_coco_results(
+    path: str | os.PathLike[str], *, image_ids: Iterable[int], labels: Mapping[int, int], masks: bool = False
+) -> dict[int, dict[str, Any]]:
+    """The predictions that a file of results holds, for `CocoMeanAveragePrecision.update`.
+
+    Args:
+        path: the JSON file.
+        image_ids: of the annotation file's images.
+        labels: the annotation file's category id -> label.
+        masks: read the segmentations too. Every detection must then have one.
+
+    Returns:
+        For each of the image ids "boxes" (M, 4) xyxy in pixels, float64, around the mask where a detection has no
+        bbox; "labels" (M,) int64; "scores" (M,) float64; and, with masks, "masks", a list of M run lengths. Detections
+        of an image keep the file's order.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is no file of results of these images and categories; the message lists every kind of mistake.
+    """
+    path = Path(path)
+    detections = _decode(path)
+    found_masks, mistakes = _read_masks(detections, masks)
+    places: dict[int, list[int]] = {image_id: [] for image_id in image_ids}
+    mistakes += _mistakes(detections, places.keys(), labels)
+    if mistakes:
+        raise ValueError(
+            f"{path} is no file of results for these annotations; detections count from 0:"
+            + "".join(f"\n- {mistake}" for mistake in mistakes)
+        )
+    boxes_xywh = np.array([detection.bbox or (0, 0, 0, 0) for detection in detections], np.float64)
+    boxless = [place for place, detection in enumerate(detections) if detection.bbox is None]
+    if boxless:
+        boxes_xywh[boxless] = coco_mask.toBbox([found_masks[place] for place in boxless])
+    boxes_xyxy = np.concatenate((boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]), axis=1)
+    found_labels = np.array([labels[detection.category_id] for detection in detections])
+    scores = np.array([detection.score for detection in detections])
+    for place, detection in enumerate(detections):
+        places[detection.image_id].append(place)
+    predictions = {}
+    for image_id, mine in places.items():
+        prediction: dict[str, Any] = {
+            "boxes": torch.from_numpy(boxes_xyxy[mine]),
+            "labels": torch.from_numpy(found_labels[mine]),
+            "scores": torch.from_numpy(scores[mine]),
+        }
+        if masks:
+            prediction["masks"] = [found_masks[place] for place in mine]
+        predictions[image_id] = prediction
+    return predictions
+
+
+def _decode(path: Path) -> list[_Detection]:
+    """The file's detections; every mistake of syntax or type ends here."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the file of results {path} {'is a folder' if path.is_dir() else 'does not exist'}; give the JSON file "
+            f"that a detector's detections were written to"
+        )
+    text = path.read_bytes()
+    if not text:
+        raise ValueError(f"{path} is empty; it should be a file of results, a list of detections in JSON")
+    try:
+        detections = msgspec.json.decode(text, type=list[_Detection])
+    except msgspec.ValidationError as error:
+        _raise_structure_error(path, text, error)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise syntax_error(path, text, error) from None
+    if not detections:
+        raise ValueError(
+            f"{path} holds an empty list, so there is no detection to score; check that it is the right file, and that "
+            f"the detector's score threshold lets some through"
+        )
+    return detections
+
+
+def _raise_structure_error(path: Path, text: bytes, error: msgspec.ValidationError) -> NoReturn:
+    """Find every detection that does not decode and show the first few."""
+    try:
+        entries = msgspec.json.decode(text, type=list[msgspec.Raw])
+    except msgspec.ValidationError:
+        hint = " (an object with annotations is an annotation file)" if b'"annotations"' in text else ""
+        raise ValueError(f"{path}: {error} at its top{hint}; a file of results is a list of detections") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as broken:  # further on in the file
+        raise syntax_error(path, text, broken) from None
+    wrong = []
+    for place, entry in enumerate(entries):
+        try:
+            msgspec.json.decode(entry, type=_Detection)
+        except (msgspec.ValidationError, UnicodeDecodeError) as reason:
+            wrong.append(f"\n- detection {place}: {reason}")
+    raise ValueError(
+        f"{path}: {len(wrong)} of {len(entries)} detections cannot be read; each needs image_id, category_id, score "
+        f"and bbox = [x, y, width, height] or a segmentation. The first, counted from 0:{''.join(wrong[:_NUM_SHOWN])}"
+    ) from None
+
+
+def _mistakes(detections: Sequence[_Detection], image_ids: Iterable[int], labels: Mapping[int, int]) -> list[str]:
+    """Every rule on ids, scores and boxes that some detections break."""
+    known_images = set(image_ids)
+    categories = f"category_id is none of the annotation file's {len(labels)} (ids {_listed(sorted(labels))})"
+    if max(detection.category_id for detection in detections) <= len(labels) < max(labels):
+        categories += "; labels, which count the categories from 1, must be turned into the file's ids"
+    broken: dict[str, list[str]] = {}
+    for place, detection in enumerate(detections):
+        if detection.image_id not in known_images:
+            rule = "image_id names no image of the annotation file"
+            broken.setdefault(rule, []).append(f"detection {place}: {detection.image_id}")
+        if detection.category_id not in labels:
+            broken.setdefault(categories, []).append(f"detection {place}: {detection.category_id}")
+        if detection.bbox is None:
+            continue
+        if min(detection.bbox[2:]) < 0:
+            rule = "the width and height of bbox = [x, y, width, height] must not be negative; convert corners"
+            broken.setdefault(rule, []).append(f"detection {place}: {list(detection.bbox)}")
+        if not max(map(abs, detection.bbox)) <= _MAX_COORDINATE:
+            rule = f"bbox must be within ± {_MAX_COORDINATE:g} pixels"
+            broken.setdefault(rule, []).append(f"detection {place}: {list(detection.bbox)}")
+    return [_mistake(rule, shown, len(detections)) for rule, shown in broken.items()]
+
+
+def _read_masks(detections: Sequence[_Detection], masks: bool) -> tuple[dict[int, EncodedMask], list[str]]:
+    """The masks of all detections, or of those without a box, by place; and what is wrong with them."""
+    given: dict[int, RunLengths] = {}
+    missing, malformed = [], []
+    for place, detection in enumerate(detections):
+        if not masks and detection.bbox is not None:
+            continue
+        try:
+            run_lengths = _decode_segmentation(detection.segmentation)
+        except (msgspec.ValidationError, UnicodeDecodeError) as error:
+            malformed.append(f"detection {place}: {error}")
+            continue
+        if run_lengths is None:
+            missing.append(f"detection {place}")
+        else:
+            given[place] = run_lengths
+    found = dict(zip(given, encoded_masks([(mask.size, mask.counts) for mask in given.values()]), strict=True))
+    senseless = [f"detection {place}: {str(given[place].counts)[:40]}" for place, mask in found.items() if mask is None]
+    needed = "masks need a segmentation" if masks else "bbox and segmentation are missing; one is needed"
+    form = (
+        'segmentation must be run lengths, {"size": [height, width], "counts": ...}, as pycocotools.mask.encode gives'
+    )
+    sum_rule = "the counts of segmentation must be numbers from 0 that add up to height x width"
+    rules = ((needed, missing), (form, malformed), (sum_rule, senseless))
+    mistakes = [_mistake(rule, shown, len(detections)) for rule, shown in rules if shown]
+    return {place: mask for place, mask in found.items() if mask is not None}, mistakes
+
+
+def _mistake(rule: str, shown: Sequence[str], num_detections: int) -> str:
+    return f"{len(shown)} of {num_detections} detections: {rule} ({_listed(shown)})"
+
+
+def _listed(items: Sequence[object]) -> str:
+    """The first few items, and how many more there are."""
+    more = len(items) - _NUM_SHOWN
+    return ", ".join(map(str, items[:_NUM_SHOWN])) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,57 @@
+"""What a detector gets wrong: its errors by kind, its precision by recall, and which classes it confuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL import Image
+
+from resnest_det.evaluation import CocoMeanAveragePrecision, confusion_matrix, error_breakdown, precision_recall
+from resnest_det.visualize import draw_confusion_matrix, draw_error_breakdown, draw_precision_recall
+
+
+def write_detection_report(
+    folder: Path, metric: CocoMeanAveragePrecision, *, masks: bool = False, suffix: str = ""
+) -> str:
+    """Write `errors.json`, `errors.png`, `precision_recall.png` and `confusion_matrix.png` into a folder.
+
+    Without any object in the images there is nothing to write.
+
+    Args:
+        folder: exists; files of these names are replaced.
+        metric: holds the images of an evaluation; their boxes are looked at, or their masks.
+        masks: compare masks, which the metric must hold then.
+        suffix: what the files' names have before their ending, such as "_masks".
+
+    Returns:
+        The errors by kind as a table of text, 80 columns wide at most.
+    """
+    images, class_names, limit = metric.images.values(), metric.class_names, metric.max_detections[-1]
+    if not any((~image.true_crowds).any() for image in images):
+        return "no objects in the images: no errors to tell apart"
+    breakdown = error_breakdown(images, class_names, max_detections=limit, masks=masks)
+    (folder / f"errors{suffix}.json").write_text(json.dumps(asdict(breakdown), indent=2) + "\n")
+    curves = precision_recall(images, class_names, iou_thresholds=(0.5,), max_detections=limit, masks=masks)
+    matrix = confusion_matrix(images, class_names, masks=masks)
+    kind = "masks" if masks else "boxes"
+    pictures = {
+        "errors": draw_error_breakdown(
+            {name: effect.delta_ap for name, effect in breakdown.main.items()},
+            {name: effect.delta_ap for name, effect in breakdown.special.items()},
+            average_precision=breakdown.AP,
+            title=f"{kind}, AP at IoU {breakdown.foreground_iou:g}: {breakdown.AP:.3f}",
+        ),
+        "precision_recall": draw_precision_recall(
+            curves.recalls, curves.precisions[0], curves.class_names, title=f"{kind}, IoU from 0.5"
+        ),
+        "confusion_matrix": draw_confusion_matrix(
+            matrix.counts,
+            matrix.class_names,
+            title=f"{kind}, scores from {matrix.score_threshold:g}, IoU from {matrix.iou_threshold:g}",
+        ),
+    }
+    for name, picture in pictures.items():
+        Image.fromarray(picture).save(folder / f"{name}{suffix}.png")
+    return breakdown.table()
