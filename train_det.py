@@ -19,17 +19,32 @@ from numpy.typing import NDArray
 from torch import nn
 
 from resnest_det.backbones import load_weights
-from resnest_det.build import build_coco_set, build_detector, build_optimizer, build_repeat_factors, check_batch_size
+from resnest_det.build import (
+    build_coco_metric,
+    build_coco_set,
+    build_detection_inference,
+    build_detector,
+    build_optimizer,
+    build_repeat_factors,
+    check_batch_size,
+)
 from resnest_det.config import Command, DetectionSettings
 from resnest_det.data import CocoDetection, eval_loader, once_per_machine, train_loader
 from resnest_det.distributed import describe_processes, images_to_device, rank
 from resnest_det.engine import autocast, check_class_names, fit, seed_random_numbers, unsharded
-from resnest_det.evaluation import CocoMeanAveragePrecision, evaluate
+from resnest_det.evaluation import (
+    ClassAveragePrecision,
+    CocoMeanAveragePrecision,
+    DetectionInference,
+    evaluate,
+    write_coco_results,
+)
 from resnest_det.experiment import (
     average_and_shard,
     describe_model,
     find_checkpoint,
     load_best,
+    load_initial_weights,
     open_journal,
     place_model,
     precise_statistics,
@@ -42,6 +57,7 @@ from resnest_det.experiment import (
     write_evaluation,
     write_results,
 )
+from resnest_det.reports import write_detection_report
 from resnest_det.visualize import compare_detections
 
 REPOSITORY = Path(__file__).parent
@@ -65,8 +81,9 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
     settings = command.settings
     seed_random_numbers(settings.run.seed)
 
-    train_set = once_per_machine(partial(build_coco_set, settings.data, "train"))
-    val_set = once_per_machine(partial(build_coco_set, settings.data, "val"))
+    masks = settings.model.has_masks
+    train_set = once_per_machine(partial(build_coco_set, settings.data, "train", masks=masks))
+    val_set = once_per_machine(partial(build_coco_set, settings.data, "val", masks=masks))
     if train_set.class_names != val_set.class_names:
         raise ValueError(
             f"the training and the validation set have other categories: {train_set.class_names} and "
@@ -81,16 +98,19 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
         group_by_aspect=settings.data.group_by_aspect,
         repeat_factors=build_repeat_factors(settings.data, train_set),
     )
-    model = build_detector(settings.model, train_set.num_classes, load_weights=not command.resume)
+    init = "" if command.resume else settings.model.init
+    model = build_detector(settings.model, train_set.num_classes, load_weights=not (command.resume or init))
+    load_initial_weights(model, init)
     place_model(model, settings, device)
     average = average_and_shard(model, settings, device)
     batch_size = batches.batch_sampler.batch_size  # type: ignore[union-attr]  # of a small data set less than asked for
     check_batch_size(model, batch_size)
     optimizer, scheduler = build_optimizer(settings.optim, model, batches_per_epoch=len(batches), batch_size=batch_size)
-    metric = CocoMeanAveragePrecision(val_set.class_names)
+    metric = build_coco_metric(settings.eval, val_set, masks=masks)
     val_batches = eval_loader(val_set, batch_size=settings.data.eval_batch_size, num_workers=settings.data.num_workers)
-    measure = partial(evaluate, loader=val_batches, metric=metric, device=device)
-    picture = partial(draw, dataset=val_set, num_pictures=settings.run.num_pictures, device=device)
+    inference = build_detection_inference(settings.eval, detections_per_image=settings.model.detections_per_image)
+    measure = partial(evaluate, loader=val_batches, metric=metric, predict=inference, device=device)
+    picture = partial(draw, inference=inference, dataset=val_set, num_pictures=settings.run.num_pictures, device=device)
 
     with (
         run_folder(command, train_set.class_names) as (folder, checkpoint),
@@ -145,7 +165,8 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
         print(f"best checkpoint, after epoch {epoch}:\n{metric.table()}")
         report_skipped(train_set, val_set)
         if rank() == 0:
-            write_results(folder / "results.json", settings.eval, results, metric.per_class())
+            write_results(folder / "results.json", settings.eval, results, class_tables(metric, masks))
+            report(metric, val_set, folder, masks=masks)
             write_curves(folder)
             save_picture(sheet, folder / "predictions.png")
 
@@ -153,34 +174,60 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
 def evaluate_only(command: Command[DetectionSettings], checkpoint: Path, device: torch.device) -> None:
     """The metric and the pictures of a checkpoint: ours, or any state dict of the same detector."""
     settings = command.settings
-    val_set = once_per_machine(partial(build_coco_set, settings.data, "val"))
+    masks = settings.model.has_masks
+    val_set = once_per_machine(partial(build_coco_set, settings.data, "val", masks=masks))
     model = build_detector(settings.model, val_set.num_classes, load_weights=False)
     file = find_checkpoint(checkpoint)
     check_class_names(file, val_set.class_names)
     load_weights(model, file)
     place_model(model, settings, device)
     print(f"{file}\nval: {val_set.summary()}", flush=True)
-    metric = CocoMeanAveragePrecision(val_set.class_names)
+    metric = build_coco_metric(settings.eval, val_set, masks=masks)
     val_batches = eval_loader(val_set, batch_size=settings.data.eval_batch_size, num_workers=settings.data.num_workers)
+    inference = build_detection_inference(settings.eval, detections_per_image=settings.model.detections_per_image)
     with autocast(settings.run.precision, device):
-        results = evaluate(model, val_batches, metric, device=device)
+        results = evaluate(model, val_batches, metric, predict=inference, device=device)
     print(metric.table())
     report_skipped(val_set)
     if rank() == 0:
-        picture = write_evaluation(settings, file, val_set.annotation_file.stem, results, metric.per_class())
-        save_picture(draw(model, val_set, settings.run.num_pictures, device), picture)
+        tables = class_tables(metric, masks)
+        picture = write_evaluation(settings, file, val_set.annotation_file.stem, results, tables)
+        report(metric, val_set, picture.parent, masks=masks, suffix=picture.stem.removeprefix("predictions"))
+        save_picture(draw(model, inference, val_set, settings.run.num_pictures, device), picture)
 
 
-def draw(model: nn.Module, dataset: CocoDetection, num_pictures: int, device: torch.device) -> NDArray[np.uint8] | None:
+def class_tables(metric: CocoMeanAveragePrecision, masks: bool) -> dict[str, list[ClassAveragePrecision]]:
+    """Each class's results for boxes, and for masks where they are measured."""
+    return {"classes": metric.per_class()} | ({"mask_classes": metric.per_class(masks=True)} if masks else {})
+
+
+def report(
+    metric: CocoMeanAveragePrecision, dataset: CocoDetection, folder: Path, *, masks: bool, suffix: str = ""
+) -> None:
+    """Write the detections in COCO's format, what is wrong with them, and pictures of that."""
+    write_coco_results(folder / f"detections{suffix}.json", metric.results_json(dataset.category_ids))
+    print(write_detection_report(folder, metric, suffix=suffix))
+    if masks:
+        print(write_detection_report(folder, metric, masks=True, suffix=f"_masks{suffix}"))
+
+
+def draw(
+    model: nn.Module,
+    inference: DetectionInference | None,
+    dataset: CocoDetection,
+    num_pictures: int,
+    device: torch.device,
+) -> NDArray[np.uint8] | None:
     """Ground truth beside prediction for images spread over the data set, as one picture; None where there are none."""
     samples = spread_samples(dataset, num_pictures)
     if not samples:
         return None
     model.eval()
     with torch.inference_mode():
-        predictions = [model(images_to_device([image], device))[0] for image, _ in samples.values()]
-    images, targets = zip(*samples.values(), strict=True)
-    return compare_detections(images, targets, predictions, dataset.class_names, names=list(samples))
+        images = [images_to_device([image], device) for image, _ in samples.values()]
+        predictions = [(model(image) if inference is None else inference(model, image))[0] for image in images]
+    pixels, targets = zip(*samples.values(), strict=True)
+    return compare_detections(pixels, targets, predictions, dataset.class_names, names=list(samples))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from resnest_det.experiment import (
     describe_model,
     find_checkpoint,
     load_best,
+    load_initial_weights,
     open_journal,
     place_model,
     precise_statistics,
@@ -82,7 +83,9 @@ def train(command: Command[SegmentationSettings], device: torch.device) -> None:
         seed=settings.run.seed,
         group_by_aspect=False,  # the crops are square
     )
-    model = build_segmenter(settings.model, train_set.num_classes, load_weights=not command.resume)
+    init = "" if command.resume else settings.model.init
+    model = build_segmenter(settings.model, train_set.num_classes, load_weights=not (command.resume or init))
+    load_initial_weights(model, init)
     place_model(model, settings, device)
     average = average_and_shard(model, settings, device)
     batch_size = batches.batch_sampler.batch_size  # type: ignore[union-attr]  # of a small data set less than asked for
@@ -147,7 +150,7 @@ def train(command: Command[SegmentationSettings], device: torch.device) -> None:
         print(f"best checkpoint, after epoch {epoch}:\n{metric.table()}")
         report_skipped(train_set, val_set)
         if rank() == 0:
-            write_results(folder / "results.json", settings.eval, results, metric.per_class())
+            write_results(folder / "results.json", settings.eval, results, {"classes": metric.per_class()})
             write_curves(folder)
             save_picture(sheet, folder / "predictions.png")
 
@@ -170,7 +173,9 @@ def evaluate_only(command: Command[SegmentationSettings], checkpoint: Path, devi
     print(metric.table())
     report_skipped(val_set)
     if rank() == 0:
-        picture = write_evaluation(settings, file, "-".join(val_set.folder.parts[-2:]), results, metric.per_class())
+        picture = write_evaluation(
+            settings, file, "-".join(val_set.folder.parts[-2:]), results, {"classes": metric.per_class()}
+        )
         save_picture(draw(model, inference, val_set, settings.run.num_pictures, device), picture)
 
 

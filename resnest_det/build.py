@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from resnest_det.backbones import ResNet, create_backbone
 from resnest_det.config import (
     CocoDataSettings,
+    DetectionEvalSettings,
     DetectorSettings,
     MaskDataSettings,
     OptimSettings,
@@ -36,15 +37,20 @@ from resnest_det.data import (
 from resnest_det.data.sample import SAMPLE_VERSION, default_cache_folder, ensure_sample_dataset
 from resnest_det.distributed import world_size
 from resnest_det.engine import create_optimizer, create_schedule, scaled_learning_rate
-from resnest_det.evaluation import SegmentationInference
+from resnest_det.evaluation import CocoMeanAveragePrecision, DetectionInference, SegmentationInference
 from resnest_det.layers import NormName, SelectiveKernelConv2d, SplitAttentionConv2d
-from resnest_det.models import deeplabv3plus, faster_rcnn
+from resnest_det.models import cascade_rcnn, deeplabv3plus, faster_rcnn, fcos, mask_rcnn, retinanet
 
 Split = Literal["train", "val"]
 
 
-def build_coco_set(settings: CocoDataSettings, split: Split) -> CocoDetection:
+def build_coco_set(settings: CocoDataSettings, split: Split, *, masks: bool = False) -> CocoDetection:
     """A split of the detection data set: "train" with its augmentation, "val" as it is in its file.
+
+    Args:
+        settings: the data set's.
+        split: which of the two.
+        masks: give the objects' masks, as pixels to train on, and as run lengths to measure with.
 
     Raises as CocoDetection and DetectionAugmentation do.
     """
@@ -56,7 +62,7 @@ def build_coco_set(settings: CocoDataSettings, split: Split) -> CocoDetection:
         paths = settings.train if split == "train" else settings.val
         images, annotations = root / paths.images, root / paths.annotations
     if split == "val":
-        return CocoDetection(images, annotations, on_unreadable=settings.on_unreadable)
+        return CocoDetection(images, annotations, on_unreadable=settings.on_unreadable, masks="rle" if masks else False)
     return CocoDetection(
         images,
         annotations,
@@ -72,6 +78,7 @@ def build_coco_set(settings: CocoDataSettings, split: Split) -> CocoDetection:
         ),
         keep_empty=settings.keep_empty,
         on_unreadable=settings.on_unreadable,
+        masks=masks,
         mosaic=Mosaic(settings.mosaic, side=settings.mosaic_side) if settings.mosaic else None,
         copy_paste=CopyPaste(settings.copy_paste) if settings.copy_paste else None,
     )
@@ -144,27 +151,49 @@ def build_detector(settings: DetectorSettings, num_classes: int, *, load_weights
         ValueError: an unknown backbone, or weights that do not fit.
     """
     net = _build_backbone(settings, load_weights)
-    return faster_rcnn(
-        net,
-        num_classes,
-        trainable_stages=settings.trainable_stages,
-        fpn_channels=settings.fpn_channels,
-        fpn_norm=_norm(settings.fpn_norm),
-        box_head=settings.box_head,
-        box_head_channels=settings.box_head_channels,
-        box_head_norm=_norm(settings.box_head_norm) if settings.box_head != "2fc" else None,
-        anchor_sizes=settings.anchor_sizes,
-        aspect_ratios=settings.aspect_ratios,
-        min_size=settings.min_size,
-        max_size=settings.max_size,
-        resize_in_training=False,  # the training images come resized by DetectionAugmentation
-        rpn_proposals_train=settings.rpn_proposals_train,
-        rpn_proposals_eval=settings.rpn_proposals_eval,
-        roi_batch_size=settings.roi_batch_size,
-        score_threshold=settings.score_threshold,
-        nms_threshold=settings.nms_threshold,
-        detections_per_image=settings.detections_per_image,
-    )
+    shared: dict[str, Any] = {
+        "trainable_stages": settings.trainable_stages,
+        "fpn_channels": settings.fpn_channels,
+        "fpn_norm": _norm(settings.fpn_norm),
+        "min_size": settings.min_size,
+        "max_size": settings.max_size,
+        "resize_in_training": False,  # the training images come resized by DetectionAugmentation
+        "score_threshold": settings.score_threshold,
+        "nms_threshold": settings.nms_threshold,
+        "detections_per_image": settings.detections_per_image,
+    }
+    if not settings.has_proposals:
+        shared |= {"pyramid_top": settings.pyramid_top, "candidates_per_level": settings.candidates_per_level}
+        if settings.detector == "fcos":
+            return fcos(net, num_classes, **shared, center_sampling_radius=settings.center_sampling_radius)
+        return retinanet(
+            net,
+            num_classes,
+            **shared,
+            head_norm=_norm(settings.head_norm),
+            box_loss=settings.box_loss,
+            anchor_sizes=settings.anchor_sizes,
+            aspect_ratios=settings.aspect_ratios,
+        )
+    shared |= {
+        "rpn_convolutions": settings.rpn_convolutions,
+        "box_head": settings.box_head,
+        "box_head_channels": settings.box_head_channels,
+        "box_head_norm": _norm(settings.box_head_norm) if settings.box_head != "2fc" else None,
+        "anchor_sizes": settings.anchor_sizes,
+        "aspect_ratios": settings.aspect_ratios,
+        "rpn_proposals_train": settings.rpn_proposals_train,
+        "rpn_proposals_eval": settings.rpn_proposals_eval,
+        "roi_batch_size": settings.roi_batch_size,
+    }
+    if settings.has_masks:
+        shared |= {
+            "mask_head_channels": settings.mask_head_channels,
+            "mask_head_norm": _norm(settings.mask_head_norm),
+        }
+    if settings.detector in ("cascade_rcnn", "cascade_mask_rcnn"):
+        return cascade_rcnn(net, num_classes, **shared, masks=settings.has_masks)
+    return (mask_rcnn if settings.has_masks else faster_rcnn)(net, num_classes, **shared)
 
 
 def build_segmenter(settings: SegmenterSettings, num_classes: int, *, load_weights: bool = True) -> nn.Module:
@@ -207,6 +236,52 @@ def build_inference(settings: SegmentationEvalSettings) -> SegmentationInference
         flip=settings.flip,
         window=settings.window,
         stride=settings.window_stride,
+    )
+
+
+def build_coco_metric(
+    settings: DetectionEvalSettings, dataset: CocoDetection, *, masks: bool = False
+) -> CocoMeanAveragePrecision:
+    """COCO's metric of a data set's classes: of boxes, and of masks where they are asked for.
+
+    Raises as CocoMeanAveragePrecision does.
+    """
+    return CocoMeanAveragePrecision(
+        dataset.class_names,
+        masks=masks,
+        backend=settings.backend,
+        max_detections=settings.max_detections,
+        area_ranges=settings.area_ranges,
+    )
+
+
+def build_detection_inference(
+    settings: DetectionEvalSettings, *, detections_per_image: int
+) -> DetectionInference | None:
+    """How a detector is run on an image: at several sizes, mirrored, or in tiles; None where the model is just called.
+
+    Args:
+        settings: the evaluation's.
+        detections_per_image: kept of all that is found in an image, as many as the model keeps of one pass; in tiles,
+            the model keeps so many of each, and all of these stay.
+
+    Raises as DetectionInference does.
+    """
+    if not (settings.short_sides or settings.flip or settings.tile):
+        return None
+    # What has no effect was warned of, and is left out: DetectionInference refuses it.
+    return DetectionInference(
+        short_sides=settings.short_sides,
+        max_side=settings.max_side if settings.short_sides else 0,
+        flip=settings.flip,
+        merge=settings.merge if settings.has_several_passes else "nms",
+        merge_threshold=settings.merge_threshold,
+        tile=settings.tile,
+        tile_overlap=settings.tile_overlap,
+        whole_image=settings.whole_image and settings.tile > 0,
+        tile_match=settings.tile_match,
+        tile_match_threshold=settings.tile_match_threshold,
+        detections_per_image=0 if settings.tile else detections_per_image,
     )
 
 

@@ -1,4 +1,4 @@
-"""A TOML file and `key=value` overrides → validated settings; what it does not know it refuses.
+"""TOML files and `key=value` overrides → validated settings; what it does not know it refuses.
 
 Each section is a frozen model whose fields state their type, range, unit and default: the one place where a setting is
 described. The settings table of docs/config.md, the comments of a written file and the rules quoted in error messages
@@ -8,6 +8,7 @@ are all derived from it. Settings are read by the scripts and by `build.py`; no 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import re
@@ -23,6 +24,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 NormLiteral = Literal["none", "bn", "sync_bn", "gn"]
+Number = TypeVar("Number", int, float)
 
 # What may differ between a run and its resumption: where it runs and reads from, and what it leaves behind; never what
 # is learnt.
@@ -137,6 +139,12 @@ def _check_root(root: str, info: ValidationInfo) -> str:
     if not root and "sample" in info.data and info.data["sample"] is None:
         raise ValueError("the data set's folder is required: give data.root=FOLDER, or a table [data.sample]")
     return root
+
+
+def _check_increasing(values: tuple[Number, ...]) -> tuple[Number, ...]:
+    if any(later <= earlier for earlier, later in itertools.pairwise(values)):
+        raise ValueError("must increase: each number is larger than the one before it")
+    return values
 
 
 class CocoDataSettings(Section):
@@ -329,13 +337,24 @@ class MaskDataSettings(Section):
 
 
 class DetectorSettings(Section):
-    """The detector and its backbone."""
+    """The detector and its backbone.
 
-    detector: Literal["faster_rcnn"] = Field("faster_rcnn", description="Detector built on the backbone.")
+    One table for all detectors: what the chosen one has no use for is named by `ineffective_settings`, and every
+    default is the same whichever is chosen.
+    """
+
+    detector: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "fcos"] = Field(
+        "faster_rcnn", description="Detector built on the backbone; mask_rcnn and cascade_mask_rcnn predict masks too."
+    )
     backbone: str = Field("resnest50", description="Backbone's name, one of list_backbones().")
     weights: str = Field(
         "",
         description='Backbone\'s weights: "" (random), "imagenet" or another published name, a file\'s path, or a URL.',
+    )
+    init: str = Field(
+        "",
+        description="Checkpoint of a whole model to fine-tune, with any number of classes: a file's path, a run folder "
+        'or a URL; "" for none.',
     )
     norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] = Field(
         "bn", description="Normalisation layers of the backbone: batch, frozen batch, synchronised batch, group."
@@ -347,11 +366,31 @@ class DetectorSettings(Section):
     trainable_stages: int = Field(5, ge=0, le=5, description="Backbone stages trained, counted from the last one.")
     fpn_channels: int = Field(256, ge=1, description="Channels of each level of the feature pyramid.")
     fpn_norm: NormLiteral = Field("none", description="Normalisation layers of the feature pyramid.")
+    pyramid_top: Literal["p5", "c5"] = Field(
+        "p5",
+        description="What retinanet and fcos make their two coarsest levels from: the pyramid's level P5, or the "
+        "backbone's last stage.",
+    )
+    rpn_convolutions: int = Field(
+        1, ge=1, description="Convolutions of the head that proposes regions; 2 in torchvision's v2."
+    )
     box_head: Literal["2fc", "4conv1fc"] = Field(
         "2fc", description="Box head: two fully connected layers, or four convolutions and one such layer."
     )
     box_head_channels: int = Field(1024, ge=1, description="Width of the box head's fully connected layers.")
     box_head_norm: NormLiteral = Field("none", description="Normalisation layers of the box head's convolutions.")
+    mask_head_channels: int = Field(256, ge=1, description="Channels of the mask head's convolutions.")
+    mask_head_norm: NormLiteral = Field("none", description="Normalisation layers of the mask head's convolutions.")
+    head_norm: NormLiteral = Field("none", description="Normalisation layers of retinanet's head.")
+    box_loss: Literal["l1", "giou"] = Field(
+        "l1", description="Loss of retinanet's boxes: of their encoded differences, or of their overlap."
+    )
+    center_sampling_radius: float = Field(
+        1.5,
+        gt=0,
+        description="Distance from an object's centre within which fcos trains locations to find it, in strides of "
+        "their level.",
+    )
     anchor_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (32, 64, 128, 256, 512),
         min_length=5,
@@ -372,11 +411,22 @@ class DetectorSettings(Section):
     rpn_proposals_train: int = Field(2000, ge=1, description="Proposals kept an image in training.")
     rpn_proposals_eval: int = Field(1000, ge=1, description="Proposals kept an image in evaluation.")
     roi_batch_size: int = Field(512, ge=1, description="Regions sampled an image for the box head's loss.")
-    score_threshold: float = Field(0.05, ge=0, le=1, description="Detections scored below this are dropped.")
-    nms_threshold: float = Field(
-        0.5, ge=0, le=1, description="IoU above which the lower-scored of two detections of a class is dropped."
+    candidates_per_level: int = Field(
+        1000, ge=1, description="Detections that retinanet and fcos keep at each pyramid level before suppression."
     )
-    detections_per_image: int = Field(100, ge=1, description="Detections kept an image, the best-scored ones.")
+    score_threshold: float = Field(
+        0.05, ge=0, le=1, description="Detections scored below this are dropped; torchvision's fcos has 0.2."
+    )
+    nms_threshold: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="IoU above which the lower-scored of two detections of a class is dropped; torchvision's fcos has "
+        "0.6.",
+    )
+    detections_per_image: int = Field(
+        100, ge=1, description="Detections kept an image, the best-scored ones; torchvision's retinanet has 300."
+    )
 
     @field_validator("max_size")
     @classmethod
@@ -385,6 +435,16 @@ class DetectorSettings(Section):
         if max_size < min_size:
             raise ValueError(f"must be at least model.min_size, which is {min_size}")
         return max_size
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the detector predicts masks, and so is trained and measured with them."""
+        return self.detector in ("mask_rcnn", "cascade_mask_rcnn")
+
+    @property
+    def has_proposals(self) -> bool:
+        """Whether the detector proposes regions, which its heads then look at: two stages or more."""
+        return self.detector not in ("retinanet", "fcos")
 
 
 class SegmenterSettings(Section):
@@ -395,6 +455,11 @@ class SegmenterSettings(Section):
     weights: str = Field(
         "",
         description='Backbone\'s weights: "" (random), "imagenet" or another published name, a file\'s path, or a URL.',
+    )
+    init: str = Field(
+        "",
+        description="Checkpoint of a whole model to fine-tune, with any number of classes: a file's path, a run folder "
+        'or a URL; "" for none.',
     )
     norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] = Field(
         "bn", description="Normalisation layers of the backbone: batch, frozen batch, synchronised batch, group."
@@ -513,9 +578,7 @@ class OptimSettings(Section):
     @field_validator("milestones")
     @classmethod
     def _milestones_increase(cls, milestones: tuple[float, ...]) -> tuple[float, ...]:
-        if any(later <= earlier for earlier, later in itertools.pairwise(milestones)):
-            raise ValueError("must increase: each milestone lies after the one before it")
-        return milestones
+        return _check_increasing(milestones)
 
 
 class SegmentationOptimSettings(OptimSettings):
@@ -544,6 +607,83 @@ class EvalSettings(Section):
         description="Training batches, on each process, over which BatchNorm's statistics are computed anew before an "
         "evaluation; 0 keeps the running ones.",
     )
+
+
+class DetectionEvalSettings(EvalSettings):
+    """When the model is evaluated during training, how it is run on an image, and how it is measured."""
+
+    backend: Literal["pycocotools", "hotcoco"] = Field(
+        "pycocotools", description="What computes AP and AR: the reference, or a faster one that is installed apart."
+    )
+    max_detections: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 10, 100),
+        min_length=1,
+        strict=False,
+        description="Rising numbers of detections of a class in an image that count: each gives a recall, all else is "
+        "of the largest.",
+    )
+    area_ranges: tuple[Annotated[float, Field(gt=0, lt=1e10)], ...] = Field(
+        (1024.0, 9216.0),
+        min_length=2,
+        max_length=2,
+        strict=False,
+        description="Areas in square pixels up to which an object is small, and up to which it is medium.",
+    )
+    short_sides: tuple[Annotated[int, Field(ge=32)], ...] = Field(
+        (),
+        strict=False,
+        description="Short sides in pixels that an image is resized to, one pass for each; none given takes "
+        "model.min_size.",
+    )
+    max_side: int = Field(
+        0,
+        ge=0,
+        description="Longest side in pixels in these passes, at least the largest of eval.short_sides; 0 takes "
+        "model.max_size in proportion.",
+    )
+    flip: bool = Field(False, description="See each image's mirror image too, another pass.")
+    merge: Literal["nms", "wbf"] = Field(
+        "nms",
+        description="How several passes become one: the best box of each object is kept, or its boxes are fused; wbf "
+        "knows no masks.",
+    )
+    merge_threshold: float = Field(
+        0.5, ge=0, le=1, description="IoU above which two boxes of a class are the same object's in several passes."
+    )
+    tile: int = Field(0, ge=0, description="Side in pixels of the tiles that images are cut into; 0 runs them whole.")
+    tile_overlap: float = Field(0.2, ge=0, lt=1, description="Part of a tile's side that neighbours share.")
+    whole_image: bool = Field(False, description="See the whole image too, for what is larger than a tile.")
+    tile_match: Literal["ios", "iou"] = Field(
+        "ios",
+        description="Overlap by which boxes of two tiles are known as one object's: intersection over the lower-scored "
+        "one, or over the union.",
+    )
+    tile_match_threshold: float = Field(
+        0.5, ge=0, le=1, description="That overlap above which they are, and only one of them is kept."
+    )
+
+    @field_validator("max_side")
+    @classmethod
+    def _max_side_holds_short_sides(cls, max_side: int, info: ValidationInfo) -> int:
+        largest = max(info.data.get("short_sides") or (0,))
+        if 0 < max_side < largest:
+            raise ValueError(f"must be at least the largest of eval.short_sides, which is {largest}, or 0")
+        return max_side
+
+    @field_validator("max_detections")
+    @classmethod
+    def _max_detections_increase(cls, limits: tuple[int, ...]) -> tuple[int, ...]:
+        return _check_increasing(limits)
+
+    @field_validator("area_ranges")
+    @classmethod
+    def _area_ranges_increase(cls, areas: tuple[float, ...]) -> tuple[float, ...]:
+        return _check_increasing(areas)
+
+    @property
+    def has_several_passes(self) -> bool:
+        """Whether an image, or a tile, is run more than once, so that there is something to merge."""
+        return self.flip or len(self.short_sides) > 1
 
 
 class SegmentationEvalSettings(EvalSettings):
@@ -601,7 +741,17 @@ class DetectionSettings(ExperimentSettings):
     data: CocoDataSettings = Field(description="The data set, its loading and augmentation.")
     model: DetectorSettings = Field(DetectorSettings(), description="The detector and its backbone.")
     optim: OptimSettings = Field(OptimSettings(), description="The optimiser and the learning rate over time.")
-    eval: EvalSettings = Field(EvalSettings(), description="Evaluation during training.")
+    eval: DetectionEvalSettings = Field(
+        DetectionEvalSettings(), description="Evaluation during training, and how the model is run and measured."
+    )
+
+    @field_validator("eval")
+    @classmethod
+    def _masks_are_not_fused(cls, evaluation: DetectionEvalSettings, info: ValidationInfo) -> DetectionEvalSettings:
+        model = info.data.get("model")
+        if model is not None and model.has_masks and evaluation.merge == "wbf" and evaluation.has_several_passes:
+            raise ValueError(f"wbf fuses boxes, and model.detector={model.detector} has masks: use eval.merge=nms")
+        return evaluation
 
 
 class SegmentationSettings(ExperimentSettings):
@@ -642,24 +792,29 @@ class Command(Generic[S]):
 def load_settings(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """The settings of a TOML file with overrides applied, validated.
 
-    A section that the file leaves out has its defaults. An empty `run.dir` becomes `runs/<file stem>`.
+    A file that begins with `base = "OTHER.toml"`, relative to itself, has that file's settings where it gives none of
+    its own; tables are merged key by key. What neither gives has its default. An empty `run.dir` becomes
+    `runs/<file stem>`.
 
     Args:
         cls: the settings to read, such as DetectionSettings.
-        path: the TOML file. Files neither include one another nor interpolate.
+        path: the TOML file.
         overrides: `key.sub=value` each. The value is read as TOML (`0.1`, `true`, `[1, 2]`); what is no TOML value,
             and whatever is meant for a string setting, is taken as a string without quotes. Of two for one key the
             last wins.
 
     Raises:
-        SettingsError: the file is missing or is not TOML, or there are mistakes in it or in the overrides; all of
-            them are listed.
+        SettingsError: the file or a base is missing or is not TOML, a file is its own base, or there are mistakes in
+            them or in the overrides; all of these are listed, each with the file that it stands in.
     """
     path = Path(path)
-    content = _read_toml(path)
+    content: dict[str, Any] = {}
+    sources: list[tuple[str, str]] = []  # what sets a dotted key, a file or the command line, in that order
+    for file, layer in _read_with_bases(path):
+        _merge(content, layer)
+        sources += [(key, str(file)) for key, _ in _flatten(layer)]
     keys = _describe_keys(cls)
     mistakes: list[str] = []
-    overridden: set[str] = set()
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
@@ -669,10 +824,11 @@ def load_settings(cls: type[S], path: str | Path, overrides: Sequence[str] = ())
                 f"the name of a config file ends in .toml"
             )
         elif key not in keys:
-            mistakes.append(f"{key} (command line) is not a setting; did you mean {_nearest(key, keys)}?")
+            mistakes.append(_not_a_setting(key, "command line", keys))
         else:
-            _assign(content, key, _parse_value(text.strip(), keys[key]))
-            overridden.add(key)
+            value = _parse_value(text.strip(), keys[key])
+            if _assign(content, key, value):
+                sources += [(name, "command line") for name in _keys_at(key, value)]
     # An absent section is an empty one, so that what it requires is reported by its own key.
     for name, field in cls.model_fields.items():
         if field.is_required():
@@ -680,12 +836,12 @@ def load_settings(cls: type[S], path: str | Path, overrides: Sequence[str] = ())
     try:
         settings = cls.model_validate(content)
     except ValidationError as error:
-        mistakes += _explain(error, content, keys, overridden, path)
+        mistakes += _explain(error, content, keys, sources)
     if mistakes:
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         lines = "".join(f"\n  {mistake}" for mistake in mistakes)
-        sources = f"{path} and the overrides" if overrides else str(path)
-        raise SettingsError(f"{count} in the settings of {sources}:{lines}")
+        files = f"{path} and the overrides" if overrides else str(path)
+        raise SettingsError(f"{count} in the settings of {files}:{lines}")
     return settings if settings.run.dir else with_run_folder(settings, f"runs/{path.stem}")
 
 
@@ -696,8 +852,8 @@ def parse_command_line(
 
     The arguments are, in any order, at most one config file (ending in .toml), any number of `key=value` overrides, and
     the flags `--print-config` (prints the resolved settings as TOML and exits), `--resume RUN_FOLDER`,
-    `--eval-only CHECKPOINT_OR_RUN_FOLDER`, `--deterministic` (short for `run.deterministic=true`), `--profile` and
-    `-h`.
+    `--eval-only CHECKPOINT_OR_RUN_FOLDER`, `--init CHECKPOINT` (short for `model.init=CHECKPOINT`), `--deterministic`
+    (short for `run.deterministic=true`), `--profile` and `-h`.
 
     `--resume` reads the run folder's config.toml. A config file or overrides beside it must lead to the same settings,
     save for `KEYS_FREE_ON_RESUME`, whose given values hold; `run.dir` is the resumed folder. `--eval-only` without a
@@ -732,6 +888,7 @@ def parse_command_line(
     parser.add_argument(
         "--eval-only", type=Path, metavar="CHECKPOINT_OR_RUN_FOLDER", help="evaluate it, without training"
     )
+    parser.add_argument("--init", metavar="CHECKPOINT", help="fine-tune it; the same as model.init=CHECKPOINT")
     parser.add_argument("--deterministic", action="store_true", help="the same as run.deterministic=true")
     parser.add_argument("--profile", action="store_true", help="write a trace of some steps into the run folder")
     # Plain parse_args refuses positional arguments that stand on both sides of a flag.
@@ -742,6 +899,10 @@ def parse_command_line(
     overrides = [argument for argument in parsed.arguments if not _names_config_file(argument)]
     if parsed.deterministic:
         overrides.append("run.deterministic=true")
+    if parsed.init:
+        overrides.append(f"model.init={parsed.init}")
+    if parsed.init and eval_only:
+        parser.error("--init begins training from a checkpoint, and --eval-only does not train: leave one of them out")
     if parsed.profile and eval_only:
         parser.error("--profile traces training, and --eval-only does not train: leave one of them out")
     if resume and eval_only:
@@ -821,14 +982,15 @@ def ineffective_settings(settings: ExperimentSettings) -> list[str]:
     if isinstance(settings, DetectionSettings | SegmentationSettings):
         causes += _ineffective_in_optim(settings.optim)
         model = settings.model
-        heads = (model.fpn_norm, model.box_head_norm) if isinstance(model, DetectorSettings) else (model.head_norm,)
-        if not {"bn", "sync_bn"} & {model.norm, *heads}:
-            causes.append((True, "norms without running statistics", ["eval.precise_bn"]))
+        norms = _norms(model) if isinstance(model, DetectorSettings) else {model.norm, model.head_norm}
+        causes.append((model.init != "", "model.init", ["model.weights"]))
+        causes.append((not {"bn", "sync_bn"} & norms, "norms without running statistics", ["eval.precise_bn"]))
     if isinstance(settings, DetectionSettings):
         splits = [f"data.{split}.{key}" for split in ("train", "val") for key in SplitSettings.model_fields]
+        causes += _ineffective_in_detector(settings.model)
+        causes += _ineffective_in_detection(settings.eval)
         causes += [
             (settings.data.sample is not None, "data.sample", ["data.root", *splits]),
-            (settings.model.box_head == "2fc", "model.box_head=2fc", ["model.box_head_norm"]),
             (settings.data.mosaic == 0, "data.mosaic=0", ["data.mosaic_side"]),
             (not settings.data.scale_jitter, "data.scale_jitter=[]", ["data.crop_size"]),
             (bool(settings.data.scale_jitter), "data.scale_jitter", ["data.short_sides", "data.max_side"]),
@@ -869,6 +1031,43 @@ def _ineffective_in_optim(optim: OptimSettings) -> list[tuple[bool, str, Iterabl
         (optim.schedule != "one_cycle", schedule, ["optim.one_cycle_rise", "optim.one_cycle_start"]),
         (optim.lr_rule == "none", "optim.lr_rule=none", ["optim.lr_batch_size"]),
         (optim.warmup_steps == 0, "optim.warmup_steps=0", ["optim.warmup_factor"]),
+    ]
+
+
+def _norms(model: DetectorSettings) -> set[str]:
+    """The norms of the detector's parts, of those parts that it has."""
+    norms: set[str] = {model.norm, model.fpn_norm}
+    if model.has_proposals and model.box_head != "2fc":
+        norms.add(model.box_head_norm)
+    if model.has_masks:
+        norms.add(model.mask_head_norm)
+    if model.detector == "retinanet":
+        norms.add(model.head_norm)
+    return norms
+
+
+def _ineffective_in_detector(model: DetectorSettings) -> list[tuple[bool, str, Iterable[str]]]:
+    detector = f"model.detector={model.detector}"
+    box_head = ["model.box_head", "model.box_head_channels", "model.box_head_norm"]
+    proposals = ["model.rpn_convolutions", "model.rpn_proposals_train", "model.rpn_proposals_eval"]
+    return [
+        (not model.has_proposals, detector, [*proposals, "model.roi_batch_size", *box_head]),
+        (model.has_proposals and model.box_head == "2fc", "model.box_head=2fc", ["model.box_head_norm"]),
+        (model.has_proposals, detector, ["model.pyramid_top", "model.candidates_per_level"]),
+        (not model.has_masks, detector, ["model.mask_head_channels", "model.mask_head_norm"]),
+        (model.detector != "retinanet", detector, ["model.head_norm", "model.box_loss"]),
+        (model.detector != "fcos", detector, ["model.center_sampling_radius"]),
+        (model.detector == "fcos", detector, ["model.anchor_sizes", "model.aspect_ratios"]),
+    ]
+
+
+def _ineffective_in_detection(evaluation: DetectionEvalSettings) -> list[tuple[bool, str, Iterable[str]]]:
+    one_pass = "one pass: eval.flip=false and fewer than two eval.short_sides"
+    of_tiles = ["eval.tile_overlap", "eval.whole_image", "eval.tile_match", "eval.tile_match_threshold"]
+    return [
+        (not evaluation.short_sides, "eval.short_sides=[]", ["eval.max_side"]),
+        (not evaluation.has_several_passes, one_pass, ["eval.merge", "eval.merge_threshold"]),
+        (evaluation.tile == 0, "eval.tile=0", of_tiles),
     ]
 
 
@@ -927,7 +1126,37 @@ def _check_resumed(given: ExperimentSettings, run: ExperimentSettings) -> None:
         )
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_with_bases(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A config file and what it is based on, each with its own content, the last base first."""
+    layers: list[tuple[Path, dict[str, Any]]] = []
+    base_of: Path | None = None
+    while True:
+        content = _read_toml(path, base_of)
+        base = content.pop("base", None)
+        layers.insert(0, (path, content))
+        if base is None:
+            return layers
+        if not isinstance(base, str) or not base.endswith(".toml"):
+            raise SettingsError(
+                f"base = {_shorten(_to_toml_value(base))} ({path}): must be the name of a config file, relative to "
+                f"this one, that ends in .toml"
+            )
+        base_of, path = path, path.parent / base
+        if any(path.resolve() == file.resolve() for file, _ in layers):
+            chain = " → ".join(str(file) for file in (*(file for file, _ in reversed(layers)), path))
+            raise SettingsError(f"a config file is its own base, {chain}: leave one of these bases out")
+
+
+def _merge(content: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Put `layer` over `content`: tables are merged key by key, any other value replaces what is there."""
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            _merge(content[key], value)
+        else:
+            content[key] = value
+
+
+def _read_toml(path: Path, base_of: Path | None) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -937,7 +1166,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
             found = f"{folder} has {', '.join(_nearest_first(path.name, names))}"
         else:
             found = f"{folder} has no .toml file" if folder.is_dir() else f"there is no folder {folder} either"
-        raise SettingsError(f"there is no config file {path}; {found}") from error
+        role = f", the base of {base_of}" if base_of else ""
+        raise SettingsError(f"there is no config file {path}{role}; {found}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"config file {path} cannot be read as UTF-8 text: {error}") from error
     try:
@@ -967,42 +1197,53 @@ def _parse_value(text: str, schema: Mapping[str, Any]) -> Any:
     return parsed["value"]
 
 
-def _assign(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key. Where the file has a value in place of a table, that is left for validation to report."""
+def _assign(content: dict[str, Any], key: str, value: Any) -> bool:
+    """Set a dotted key, unless the file has a value in place of a table, which is left for validation to report."""
     *tables, name = key.split(".")
     for table in tables:
         content = content.setdefault(table, {})
         if not isinstance(content, dict):
-            return
+            return False
     content[name] = value
+    return True
 
 
 def _explain(
     error: ValidationError,
     content: Mapping[str, Any],
     keys: Mapping[str, Mapping[str, Any]],
-    overridden: Iterable[str],
-    path: Path,
+    sources: Sequence[tuple[str, str]],
 ) -> list[str]:
     """A sentence for each mistake: the key, what came and from where, the rule."""
     sentences = []
     for detail in error.errors(include_url=False):
         location = [part for part in detail["loc"] if isinstance(part, str)]
+        key = ".".join(map(_quote, location))
         if detail["type"] == "extra_forbidden":
-            unknown = [key for key, _ in _flatten({".".join(map(_quote, location)): detail["input"]})]
-            sentences += [f"{key} ({path}) is not a setting; did you mean {_nearest(key, keys)}?" for key in unknown]
+            unknown = _keys_at(key, detail["input"])
+            sentences += [_not_a_setting(name, _source(name, sources), keys) for name in unknown]
             continue
-        key = ".".join(location)
         schema = keys[key]
-        came, source = _find(content, location), str(path)
-        if any(key == given or key.startswith(f"{given}.") for given in overridden):
-            source = "command line"
-        elif came is ...:
+        came = _find(content, location)
+        if came is ...:
             came, source = schema.get("default", ...), "default"
+        else:
+            source = _source(key, sources)
         given = key if came is ... else f"{key} = {_shorten(_to_toml_value(came))} ({source})"
         own = detail["type"] == "value_error"
         sentences.append(f"{given}: {detail['ctx']['error'] if own else _rule(schema, came)}")
     return list(dict.fromkeys(sentences))  # a list with two wrong items is one mistake
+
+
+def _source(key: str, sources: Sequence[tuple[str, str]]) -> str:
+    """Where a key's value was set last, or, of a table, any value in it."""
+    return next(source for name, source in reversed(sources) if name == key or name.startswith(f"{key}."))
+
+
+def _not_a_setting(key: str, source: str, keys: Iterable[str]) -> str:
+    if key.rpartition(".")[2] == "base":
+        return f"{key} ({source}) is not a setting; a base is named in a config file, above its first table"
+    return f"{key} ({source}) is not a setting; did you mean {_nearest(key, keys)}?"
 
 
 def _find(content: Any, location: Sequence[str]) -> Any:
@@ -1014,7 +1255,8 @@ def _find(content: Any, location: Sequence[str]) -> Any:
     return content
 
 
-def _describe_keys(cls: type[Section]) -> dict[str, dict[str, Any]]:
+@functools.cache
+def _describe_keys(cls: type[Section]) -> Mapping[str, dict[str, Any]]:
     """Every dotted key of `cls`, tables too, with its JSON schema: type, default, bounds, description."""
     root = cls.model_json_schema()
 
@@ -1099,10 +1341,16 @@ def _similarity(one: str, other: str) -> float:
 def _flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted keys of nested tables with their values; an empty table is a value."""
     for name, value in tables.items():
+        key = prefix + _quote(name)
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{key}.")
         else:
-            yield prefix + name, value
+            yield key, value
+
+
+def _keys_at(key: str, value: Any) -> list[str]:
+    """The dotted keys of a value, which may be a table of others."""
+    return [name for name, _ in _flatten(value, f"{key}.")] if isinstance(value, dict) and value else [key]
 
 
 def _to_toml(settings: Section) -> str:

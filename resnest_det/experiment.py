@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain, islice
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from resnest_det.backbones import Stage
+from resnest_det.backbones import Stage, load_matching_weights
 from resnest_det.config import (
     Command,
     DetectionSettings,
@@ -225,6 +225,16 @@ def place_model(
     return model
 
 
+def load_initial_weights(model: nn.Module, init: str) -> None:
+    """Give a model what fits of the checkpoint that model.init names, and say what did; without one, nothing.
+
+    Raises as load_matching_weights does.
+    """
+    if init:
+        source = find_checkpoint(Path(init)) if Path(init).is_dir() else init
+        print(f"{source}\n{load_matching_weights(model, source).summary()}")
+
+
 def average_and_shard(
     model: nn.Module, settings: DetectionSettings | SegmentationSettings, device: torch.device
 ) -> ModelAverage | None:
@@ -299,14 +309,16 @@ def find_checkpoint(path: Path) -> Path:
     return best
 
 
-def write_results(path: Path, settings: Section, results: dict[str, float], per_class: Iterable[Any]) -> Path:
+def write_results(
+    path: Path, settings: Section, results: dict[str, float], tables: Mapping[str, Iterable[Any]]
+) -> Path:
     """Write what was measured, and how, as JSON. Another measurement's file is never replaced.
 
     Args:
         path: the file; where it holds another measurement, the name gets -2, -3, ... behind it.
         settings: how it was measured, the settings of the evaluation.
         results: numbers by name.
-        per_class: the metric's dataclass of each class.
+        tables: by name, such as "classes", the metric's dataclass of each class.
 
     Returns:
         The file that was written.
@@ -314,7 +326,7 @@ def write_results(path: Path, settings: Section, results: dict[str, float], per_
     content = {
         "results": results,
         "settings": settings.model_dump(mode="json"),
-        "classes": [asdict(row) for row in per_class],
+        **{name: [asdict(row) for row in rows] for name, rows in tables.items()},
     }
     text = json.dumps(content, indent=2) + "\n"
     file, number = path, 1
@@ -330,7 +342,7 @@ def write_evaluation(
     checkpoint: Path,
     set_name: str,
     results: dict[str, float],
-    per_class: Iterable[Any],
+    tables: Mapping[str, Iterable[Any]],
 ) -> Path:
     """Write what --eval-only measured, as write_results does.
 
@@ -342,7 +354,7 @@ def write_evaluation(
     """
     own_folder = Path(settings.run.dir) == checkpoint.parent
     folder = checkpoint.parent if own_folder else new_run_folder(Path(settings.run.dir))
-    written = write_results(folder / f"results_{checkpoint.stem}_{set_name}.json", settings.eval, results, per_class)
+    written = write_results(folder / f"results_{checkpoint.stem}_{set_name}.json", settings.eval, results, tables)
     return written.with_name(f"{written.stem.replace('results', 'predictions', 1)}.png")
 
 

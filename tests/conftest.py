@@ -7,8 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 DATA_VARIABLE = "RESNEST_DET_TEST_DATA"
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """A test's random weights do not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -171,8 +172,9 @@ def test_last_override_of_a_key_wins(config: Path) -> None:
             'model.norm = "BN" (command line): must be one of bn, frozen_bn, sync_bn, gn; did you mean bn?',
         ),
         (
-            "model.detector=fcos",
-            'model.detector = "fcos" (command line): must be faster_rcnn; did you mean faster_rcnn?',
+            "model.detector=mask-rcnn",
+            'model.detector = "mask-rcnn" (command line): must be one of faster_rcnn, mask_rcnn, cascade_rcnn, '
+            "cascade_mask_rcnn, retinanet, fcos; did you mean mask_rcnn?",
         ),
         ("data.sample=true", "data.sample = true (command line): must be a table"),
         ("data.train=images", 'data.train = "images" (command line): must be a table'),
@@ -198,7 +200,7 @@ def test_last_override_of_a_key_wins(config: Path) -> None:
         ),
         (
             "optim.milestones=[0.9, 0.5]",
-            "optim.milestones = [0.9, 0.5] (command line): must increase: each milestone lies after the one before it",
+            "optim.milestones = [0.9, 0.5] (command line): must increase: each number is larger than the one before it",
         ),
         (
             "optim.milestones=[0.5, 1.0]",
@@ -213,6 +215,47 @@ def test_last_override_of_a_key_wins(config: Path) -> None:
             "data.max_side = 1333 (default): must be at least the largest of data.short_sides, which is 2000",
         ),
         ("model.min_size=1400", "model.max_size = 1333 (default): must be at least model.min_size, which is 1400"),
+        ("model.rpn_convolutions=0", "model.rpn_convolutions = 0 (command line): must be an integer >= 1"),
+        (
+            "model.center_sampling_radius=0",
+            "model.center_sampling_radius = 0 (command line): must be a finite float > 0",
+        ),
+        (
+            "model.pyramid_top=p6",
+            'model.pyramid_top = "p6" (command line): must be one of p5, c5; did you mean p5?',
+        ),
+        (
+            "eval.max_detections=[100, 10, 1]",
+            "eval.max_detections = [100, 10, 1] (command line): must increase: each number is larger than the one "
+            "before it",
+        ),
+        (
+            "eval.max_detections=[0]",
+            "eval.max_detections = [0] (command line): must be a list of integers: 1 or more, each >= 1",
+        ),
+        (
+            "eval.area_ranges=[1024, 1024]",
+            "eval.area_ranges = [1024, 1024] (command line): must increase: each number is larger than the one "
+            "before it",
+        ),
+        (
+            "eval.backend=hot_coco",
+            'eval.backend = "hot_coco" (command line): must be one of pycocotools, hotcoco; did you mean hotcoco?',
+        ),
+        ("eval.tile_overlap=1", "eval.tile_overlap = 1 (command line): must be a finite float >= 0, < 1"),
+        (
+            "eval={short_sides = [640, 800], max_side = 799}",
+            "eval.max_side = 799 (command line): must be at least the largest of eval.short_sides, which is 800, or 0",
+        ),
+        (
+            "eval.area_ranges=[1, 1e10]",
+            "eval.area_ranges = [1, 10000000000.0] (command line): must be a list of finite floats: exactly 2, "
+            "each > 0, < 1e+10",
+        ),
+        (
+            "eval.short_sides=[16]",
+            "eval.short_sides = [16] (command line): must be a list of integers: 0 or more, each >= 32",
+        ),
         (
             "data.root=",
             'data.root = "" (command line): the data set\'s folder is required: give data.root=FOLDER, '
@@ -229,6 +272,16 @@ def test_nesterov_needs_momentum(config: Path) -> None:
         "optim.nesterov = true (command line): needs optim.momentum > 0, which is 0: "
         "give a momentum, or optim.nesterov=false"
     ]
+
+
+def test_masks_are_not_fused(config: Path) -> None:
+    fused = ["eval.merge=wbf", "eval.flip=true"]
+    assert mistakes(config, "model.detector=mask_rcnn", *fused) == [
+        'eval = {merge = "wbf", flip = true} (command line): wbf fuses boxes, and model.detector=mask_rcnn has masks: '
+        "use eval.merge=nms"
+    ]
+    assert load(config, "model.detector=cascade_rcnn", *fused).eval.merge == "wbf"
+    assert load(config, "model.detector=mask_rcnn", "eval.merge=wbf").eval.merge == "wbf"  # of one pass, so not merged
 
 
 def test_long_value_is_shortened(config: Path) -> None:
@@ -348,6 +401,96 @@ def test_unreadable_file(tmp_path: Path) -> None:
         load(path)
     with pytest.raises(SettingsError, match=f"config file {tmp_path} cannot be read as UTF-8 text: .*directory"):
         load(tmp_path)
+
+
+# Files based on others
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_file_is_laid_over_its_bases(tmp_path: Path) -> None:
+    write(
+        tmp_path / "first.toml",
+        'data = { root = "coco", batch_size = 16, short_sides = [640, 800], train = { images = "a" } }\n'
+        "[optim]\nlr = 0.1\nepochs = 36\n",
+    )
+    write(tmp_path / "below" / "second.toml", 'base = "../first.toml"\n[optim]\nlr = 0.2\nmomentum = 0.8\n')
+    third = write(
+        tmp_path / "third.toml",
+        'base = "below/second.toml"\n[data]\nshort_sides = [64]\ntrain.annotations = "b"\n[optim]\nmomentum = 0.7\n',
+    )
+    settings = load(third, "data.batch_size=8")
+    assert (settings.optim.epochs, settings.optim.lr, settings.optim.momentum) == (36, 0.2, 0.7)
+    assert (settings.data.root, settings.data.batch_size, settings.data.short_sides) == ("coco", 8, (64,))
+    assert (settings.data.train.images, settings.data.train.annotations) == ("a", "b")
+    assert settings.optim.weight_decay == 1e-4  # which no file gives
+    assert settings.run.dir == "runs/third"
+
+
+def test_written_settings_have_no_base(tmp_path: Path, config: Path) -> None:
+    settings = load(write(tmp_path / "below" / "more.toml", f'base = "{config}"\n[optim]\nepochs = 2\n'))
+    write_settings(settings, tmp_path / "config.toml")
+    assert "base" not in tomllib.loads((tmp_path / "config.toml").read_text())
+    assert load(tmp_path / "config.toml") == settings
+
+
+def test_mistakes_name_the_file_that_they_stand_in(tmp_path: Path) -> None:
+    base = write(
+        tmp_path / "base.toml",
+        '[data]\nroot = "coco"\nhflip = 2\nvflip = 2\nbatch = 1\n[solver]\n"optim.lr" = 1\n[optim]\nlr = 1\n',
+    )
+    path = write(
+        tmp_path / "mine.toml",
+        'base = "base.toml"\noptim = 3\n[data]\nvflip = 3\nbase = "a.toml"\n[model]\nbackbone = 50\n[solver]\nlr = 1\n',
+    )
+    assert mistakes(path, "eval.every=0", "base=a.toml") == [
+        "base (command line) is not a setting; a base is named in a config file, above its first table",
+        f"data.hflip = 2 ({base}): must be a finite float >= 0, <= 1",
+        f"data.vflip = 3 ({path}): must be a finite float >= 0, <= 1",
+        f"data.batch ({base}) is not a setting; did you mean data.batch_size?",
+        f"data.base ({path}) is not a setting; a base is named in a config file, above its first table",
+        f"model.backbone = 50 ({path}): must be a string",
+        f"optim = 3 ({path}): must be a table",
+        "eval.every = 0 (command line): must be an integer >= 1",
+        f'solver."optim.lr" ({base}) is not a setting; did you mean optim.lr?',
+        f"solver.lr ({path}) is not a setting; did you mean optim.lr?",
+    ]
+
+
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    write(tmp_path / "tricks.toml", "")
+    path = write(tmp_path / "below" / "mine.toml", 'base = "../trick.toml"\n')
+    with pytest.raises(SettingsError) as caught:
+        load(path)
+    folder = tmp_path / "below" / ".."
+    assert str(caught.value) == (
+        f"there is no config file {folder}/trick.toml, the base of {path}; {folder} has tricks.toml"
+    )
+
+
+def test_a_file_that_is_its_own_base(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.toml", tmp_path / "second.toml"
+    write(first, 'base = "second.toml"\n')
+    write(second, 'base = "first.toml"\n')
+    with pytest.raises(SettingsError) as caught:
+        load(first)
+    assert str(caught.value) == (
+        f"a config file is its own base, {first} → {second} → {first}: leave one of these bases out"
+    )
+
+
+@pytest.mark.parametrize("value", ["3", '""', '"tricks"', '["a.toml", "b.toml"]'])
+def test_a_base_is_one_config_file(tmp_path: Path, value: str) -> None:
+    path = write(tmp_path / "mine.toml", f"base = {value}\n")
+    with pytest.raises(SettingsError) as caught:
+        load(path)
+    assert str(caught.value) == (
+        f"base = {value} ({path}): must be the name of a config file, relative to this one, that ends in .toml"
+    )
 
 
 # Writing
@@ -584,6 +727,42 @@ def test_eval_only_with_a_config_file(parse: Callable[..., Command], tmp_path: P
         (["model.box_head_norm=gn"], ["model.box_head_norm has no effect with model.box_head=2fc"]),
         (["model.box_head_norm=gn", "model.box_head=4conv1fc"], []),
         (
+            ["model.detector=retinanet", "model.box_head=4conv1fc", "model.box_head_norm=gn", "model.head_norm=gn"],
+            [
+                "model.box_head has no effect with model.detector=retinanet",
+                "model.box_head_norm has no effect with model.detector=retinanet",
+            ],
+        ),
+        (["model.head_norm=gn"], ["model.head_norm has no effect with model.detector=faster_rcnn"]),
+        (
+            ["model.norm=gn", "model.box_head_norm=bn", "eval.precise_bn=5"],
+            [
+                "eval.precise_bn has no effect with norms without running statistics",
+                "model.box_head_norm has no effect with model.box_head=2fc",
+            ],
+        ),
+        (["model.norm=gn", "model.detector=mask_rcnn", "model.mask_head_norm=bn", "eval.precise_bn=5"], []),
+        (["model.norm=gn", "model.detector=retinanet", "model.head_norm=sync_bn", "eval.precise_bn=5"], []),
+        (
+            ["model.norm=gn", "model.detector=fcos", "model.head_norm=sync_bn", "eval.precise_bn=5"],
+            [
+                "eval.precise_bn has no effect with norms without running statistics",
+                "model.head_norm has no effect with model.detector=fcos",
+            ],
+        ),
+        (
+            ["eval.merge=wbf", "eval.merge_threshold=0.6"],
+            [
+                "eval.merge has no effect with one pass: eval.flip=false and fewer than two eval.short_sides",
+                "eval.merge_threshold has no effect with one pass: eval.flip=false and fewer than two eval.short_sides",
+            ],
+        ),
+        (["eval.merge=wbf", "eval.merge_threshold=0.6", "eval.flip=true"], []),
+        (["eval.flip=true", "eval.tile_overlap=0.5"], ["eval.tile_overlap has no effect with eval.tile=0"]),
+        (["eval.max_side=900"], ["eval.max_side has no effect with eval.short_sides=[]"]),
+        (["eval.max_side=900", "eval.short_sides=[640]"], []),
+        (["eval.tile=512", "eval.tile_overlap=0.5", "eval.whole_image=true", "eval.tile_match=iou"], []),
+        (
             ["data.sample={}", "data.val.images=mine"],
             ["data.root has no effect with data.sample", "data.val.images has no effect with data.sample"],
         ),
@@ -634,10 +813,14 @@ def test_documented_tables_are_the_models(model: type[Section]) -> None:
     assert documented.strip() == settings_table(model).strip(), "docs/config.md says how to renew it"
 
 
-def test_documented_file_is_valid(tmp_path: Path) -> None:
-    path = tmp_path / "example.toml"
-    path.write_text(DOCS.read_text().partition("```toml\n")[2].partition("```")[0])
-    assert load(path).data.root == "../coco"
+def test_documented_files_are_valid(tmp_path: Path) -> None:
+    presets = DOCS.parents[1] / "configs" / "det" / "presets"
+    shutil.copytree(presets, tmp_path / "configs" / "det" / "presets")
+    blocks = re.findall(r"^```toml\n# (\S+)\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    example, longer, mine = (write(tmp_path / name, text) for name, text in blocks)
+    assert load(example).data.root == "../coco"
+    assert load(longer) == load(example, "optim.epochs=36", "run.dir=runs/longer")
+    assert load(mine, "data.root=x").model.box_head == "4conv1fc"
 
 
 def test_documented_mistakes_are_the_real_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -738,6 +921,14 @@ def test_the_flag_for_determinism_is_a_setting(parse: Callable[..., Command], co
     assert parse(config, "--profile") == Command(load(config), config, None, None, profile=True)
     with pytest.raises(SettingsError, match="--profile traces training, and --eval-only does not train"):
         parse(config, "--profile", "--eval-only", config.parent)
+
+
+def test_the_flag_for_fine_tuning_is_a_setting(parse: Callable[..., Command], config: Path) -> None:
+    assert parse(config, "--init", "coco.pt").settings == load(config, "model.init=coco.pt")
+    with pytest.raises(SettingsError, match="--init begins training from a checkpoint, and --eval-only does not train"):
+        parse(config, "--init", "coco.pt", "--eval-only", config.parent)
+    both = load(config, "model.init=coco.pt", "model.weights=imagenet")
+    assert "model.weights has no effect with model.init" in ineffective_settings(both)
 
 
 @pytest.mark.parametrize("value", ["[0.5]", "[2.0, 0.1]"])

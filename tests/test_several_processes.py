@@ -64,8 +64,9 @@ def test_a_run_of_two_processes(sample: Path, tmp_path: Path) -> None:
     assert printed.count("epoch 2/2") == 1
     last = load_checkpoint(tmp_path / "run" / "last.pt")
     assert (last["step"], last["processes"], len(last["random"])) == (4, 2, 2)
-    files = {"best.pt", "config.toml", "curves.png", "last-1.pt", "last.pt"}
-    files |= {"metrics.jsonl", "predictions.png", "results.json"}
+    files = {"best.pt", "config.toml", "last-1.pt", "last.pt", "metrics.jsonl"}
+    files |= {"curves.png", "predictions.png", "errors.png", "precision_recall.png", "confusion_matrix.png"}
+    files |= {"results.json", "detections.json", "errors.json"}
     assert {file.name for file in (tmp_path / "run").iterdir()} == files
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import train_det
+from resnest_det import cli
 from resnest_det.config import DetectionSettings, load_settings
 from resnest_det.data.sample import SHAPES, write_sample_dataset
 from resnest_det.engine import load_checkpoint, read_metrics
@@ -56,10 +57,15 @@ def test_trains_evaluates_draws_and_measures_again(
     assert sorted(file.name for file in run.iterdir()) == [
         "best.pt",
         "config.toml",
+        "confusion_matrix.png",
         "curves.png",
+        "detections.json",
+        "errors.json",
+        "errors.png",
         "last-1.pt",
         "last.pt",
         "metrics.jsonl",
+        "precision_recall.png",
         "predictions.png",
         "results.json",
     ]
@@ -74,7 +80,9 @@ def test_trains_evaluates_draws_and_measures_again(
     table = printed[printed.index("      AP") : printed.index("pictures:")]
     assert train_det.main(["--eval-only", str(run)]) == 0
     assert table in capsys.readouterr().out
-    assert (run / "predictions_best_instances_val.png").exists()
+    for name in ("predictions", "errors", "precision_recall", "confusion_matrix"):
+        assert (run / f"{name}_best_instances_val.png").exists()
+    assert (run / "detections_best_instances_val.json").read_text() == (run / "detections.json").read_text()
     measured = json.loads((run / "results_best_instances_val.json").read_text())
     assert measured["results"] == load_checkpoint(run / "best.pt")["results"]
     assert measured == json.loads((run / "results.json").read_text())
@@ -83,6 +91,54 @@ def test_trains_evaluates_draws_and_measures_again(
     assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
     assert (tmp_path / "run-2" / "best.pt").exists()
     assert load_settings(DetectionSettings, tmp_path / "run-2" / "config.toml").run.dir == str(tmp_path / "run-2")
+
+
+@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "fcos"])
+def test_every_detector(detector: str, sample: Path, config: Path, tmp_path: Path) -> None:
+    """What it was measured with is what its file of detections gives."""
+    arguments = [f"model.detector={detector}", "model.fpn_channels=64", "eval.flip=true"]
+    arguments += ["optim.epochs=1", "optim.lr=0.001"]
+    assert train_det.main([str(config), *arguments]) == 0
+    run = tmp_path / "run"
+    written = json.loads((run / "results.json").read_text())
+    masks = "mask" in detector
+    assert list(written["results"]) == TWELVE + ([f"mask_{name}" for name in TWELVE] if masks else [])
+    assert ("mask_classes" in written) == (run / "errors_masks.png").exists() == masks
+    command = ["evaluate", "--annotations", str(sample / "annotations" / "instances_val.json")]
+    command += ["--results", str(run / "detections.json"), "--output", str(tmp_path / "again")]
+    assert cli.main([*command, *(["--masks"] if masks else [])]) == 0
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again["results"] == pytest.approx(written["results"], abs=1e-9)
+
+
+def test_fine_tuning(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a run folder, another detector of other classes: what fits is taken, and said."""
+    assert train_det.main([str(config), "optim.epochs=1"]) == 0
+    other = tmp_path / "other"
+    write_sample_dataset(other, num_train=8, num_val=4)
+    for split in ("train", "val"):
+        file = other / "annotations" / f"instances_{split}.json"
+        content = json.loads(file.read_text())
+        content["categories"] = content["categories"][:1]
+        first = content["categories"][0]["id"]
+        content["annotations"] = [item | {"category_id": first} for item in content["annotations"]]
+        file.write_text(json.dumps(content))
+    capsys.readouterr()
+    arguments = [f"data.root={other}", "model.detector=mask_rcnn", "optim.epochs=1", "optim.lr=1e-9"]
+    arguments += ["optim.warmup_steps=0"]
+    arguments += ["--init", str(tmp_path / "run"), f"run.dir={tmp_path / 'tuned'}"]
+    assert train_det.main([str(config), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"best.pt\nreused: backbone.body \(\d+ tensors\), backbone.fpn", printed)
+    assert "new, for other classes: roi_heads.box_predictor (4 tensors)" in printed
+    assert "new, not in the file: roi_heads.mask_head" in printed
+    before, after = (load_checkpoint(tmp_path / run / "best.pt")["model"] for run in ("run", "tuned"))
+    torch.testing.assert_close(after["rpn.head.cls_logits.weight"], before["rpn.head.cls_logits.weight"])
+    assert load_settings(DetectionSettings, tmp_path / "tuned" / "config.toml").model.init == str(tmp_path / "run")
+    # What --resume goes on from is the run's own checkpoint.
+    (tmp_path / "run" / "best.pt").unlink()
+    assert train_det.main(["--resume", str(tmp_path / "tuned")]) == 0
+    assert "the run is finished" in capsys.readouterr().out
 
 
 def test_a_resumed_run_equals_an_unbroken_one(
@@ -281,28 +337,6 @@ def test_a_compiled_backbone(config: Path, tmp_path: Path) -> None:
     )
 
 
-# --- the shipped configurations
-
-CONFIGS = sorted((REPOSITORY / "configs" / "det").glob("*.toml"))
-
-
-def test_number_of_configurations() -> None:
-    assert len(CONFIGS) == 5
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_builds(path: Path) -> None:
-    from resnest_det.build import build_detector, build_optimizer
-
-    settings = load_settings(DetectionSettings, path, ["data.root=x", "run.device=cpu"])
-    with torch.device("meta"):
-        model = build_detector(settings.model, 4, load_weights=False)
-    build_optimizer(settings.optim, model, batches_per_epoch=100, batch_size=2)
-    header = path.read_text().split("\n\n")[0]
-    assert all(word in header for word in ("# Command:", "# Data:", "# Duration:", "# Expected:"))
-    assert f"configs/det/{path.name}" in header or path.stem == "sample"
-
-
 # --- real data, where it is at hand
 
 
@@ -315,7 +349,7 @@ def test_coco_tiny(real_data: Callable[[str], Path], tmp_path: Path) -> None:
         f"run.dir={tmp_path / 'run'}",
         *("model.weights=", "model.trainable_stages=5", "data.batch_size=2", "data.short_sides=[320]"),
         *("data.max_side=480", "model.min_size=320", "model.max_size=480", "optim.epochs=2"),
-        *("optim.warmup_steps=20", "data.num_workers=2"),
+        *("optim.warmup_steps=20", "data.num_workers=2", "eval.precise_bn=5"),
     ]
     assert train_det.main(arguments) == 0
     evaluations = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "eval"]
