@@ -100,7 +100,7 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
     )
     init = "" if command.resume else settings.model.init
     model = build_detector(settings.model, train_set.num_classes, load_weights=not (command.resume or init))
-    load_initial_weights(model, init)
+    load_initial_weights(model, init, train_set.class_names)
     place_model(model, settings, device)
     average = average_and_shard(model, settings, device)
     batch_size = batches.batch_sampler.batch_size  # type: ignore[union-attr]  # of a small data set less than asked for
@@ -165,10 +165,10 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
         print(f"best checkpoint, after epoch {epoch}:\n{metric.table()}")
         report_skipped(train_set, val_set)
         if rank() == 0:
-            write_results(folder / "results.json", settings.eval, results, class_tables(metric, masks))
-            report(metric, val_set, folder, masks=masks)
             write_curves(folder)
             save_picture(sheet, folder / "predictions.png")
+            written = write_results(folder / "results.json", settings.eval, results, class_tables(metric, masks))
+            report(metric, val_set, folder, masks=masks, suffix=written.stem.removeprefix("results"))
 
 
 def evaluate_only(command: Command[DetectionSettings], checkpoint: Path, device: torch.device) -> None:

@@ -85,7 +85,7 @@ def train(command: Command[SegmentationSettings], device: torch.device) -> None:
     )
     init = "" if command.resume else settings.model.init
     model = build_segmenter(settings.model, train_set.num_classes, load_weights=not (command.resume or init))
-    load_initial_weights(model, init)
+    load_initial_weights(model, init, train_set.class_names)
     place_model(model, settings, device)
     average = average_and_shard(model, settings, device)
     batch_size = batches.batch_sampler.batch_size  # type: ignore[union-attr]  # of a small data set less than asked for

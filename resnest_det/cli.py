@@ -150,9 +150,11 @@ def _add_evaluate(commands: SubParsers) -> None:
         "evaluate",
         help="score a file of detections, whichever detector they are from",
         description="Score detections in COCO's format of results against a COCO annotation file, as pycocotools does: "
-        "average precision and recall, of each class too, and what each kind of error costs. No images are needed.",
-        epilog="--output gets results.json, errors.json, errors.png, precision_recall.png and confusion_matrix.png; "
-        "those of masks have _masks in their names.",
+        "average precision and recall, of each class too, and what each kind of error costs. No images are needed. "
+        "Masks are small, medium or large by their own area, as in detectron2, where pycocotools goes by the box if "
+        "a detection has both.",
+        epilog="--output gets results.json, errors.json, confusion_matrix.json, and pictures of both and of precision by "
+        "recall; those of masks have _masks in their names.",
     )
     parser.add_argument("--annotations", required=True, metavar="FILE", help="the ground truth, a COCO instances file")
     parser.add_argument("--results", required=True, metavar="FILE", help="the detections, in COCO's format of results")
@@ -173,6 +175,14 @@ def _add_evaluate(commands: SubParsers) -> None:
         metavar="N",
         help="detections of a class in an image that count, in rising order (1 10 100)",
     )
+    parser.add_argument(
+        "--area-ranges",
+        type=float,
+        nargs=2,
+        default=[32**2, 96**2],
+        metavar=("SMALL", "MEDIUM"),
+        help="areas in square pixels up to which an object is small, and up to which it is medium (1024 9216)",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="a folder for the numbers and pictures")
     parser.set_defaults(run=_run_evaluate)
 
@@ -184,11 +194,17 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
         for given in (arguments.annotations, arguments.results):
             if Path(given).resolve() in written:
                 raise ValueError(f"--output {output} would replace {given}; name another folder")
+        if (output / "config.toml").exists():
+            raise ValueError(f"--output {output} is the folder of a run, which has a results.json; name another folder")
         output.mkdir(parents=True, exist_ok=True)  # before the long work
     masks: bool = arguments.masks
     truth = read_coco_targets(arguments.annotations, masks=masks)
     metric = CocoMeanAveragePrecision(
-        truth.class_names, masks=masks, backend=arguments.backend, max_detections=arguments.max_detections
+        truth.class_names,
+        masks=masks,
+        backend=arguments.backend,
+        max_detections=arguments.max_detections,
+        area_ranges=arguments.area_ranges,
     )
     image_ids = [target["image_id"] for target in truth.targets]
     found = read_coco_results(arguments.results, image_ids=image_ids, labels=truth.labels, masks=masks)
@@ -206,6 +222,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
             "detections": arguments.results,
             "backend": metric.backend,
             "max_detections": metric.max_detections,
+            "area_ranges": arguments.area_ranges,
         }
         tables = {name: [asdict(row) for row in rows] for name, rows in classes.items()}
         content = {"results": numbers, "settings": settings} | tables

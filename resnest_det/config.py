@@ -900,6 +900,8 @@ def parse_command_line(
     if parsed.deterministic:
         overrides.append("run.deterministic=true")
     if parsed.init:
+        if "://" not in parsed.init and not Path(parsed.init).exists():
+            raise SettingsError(f"--init {parsed.init} does not exist; {_found_beside(Path(parsed.init))}")
         overrides.append(f"model.init={parsed.init}")
     if parsed.init and eval_only:
         parser.error("--init begins training from a checkpoint, and --eval-only does not train: leave one of them out")
@@ -983,7 +985,6 @@ def ineffective_settings(settings: ExperimentSettings) -> list[str]:
         causes += _ineffective_in_optim(settings.optim)
         model = settings.model
         norms = _norms(model) if isinstance(model, DetectorSettings) else {model.norm, model.head_norm}
-        causes.append((model.init != "", "model.init", ["model.weights"]))
         causes.append((not {"bn", "sync_bn"} & norms, "norms without running statistics", ["eval.precise_bn"]))
     if isinstance(settings, DetectionSettings):
         splits = [f"data.{split}.{key}" for split in ("train", "val") for key in SplitSettings.model_fields]

@@ -96,11 +96,16 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))  # a barrier of NCCL's would want a device
 
 
-def any_process(*flags: bool) -> tuple[bool, ...]:
-    """For each flag, whether it is true on at least one process; all of them get the same answer."""
+def any_process(*flags: bool, device: torch.device | str = "cpu") -> tuple[bool, ...]:
+    """For each flag, whether it is true on at least one process; all of them get the same answer.
+
+    Args:
+        flags: this process's.
+        device: what the message is sent from; a group of NCCL's alone, as others make it, wants a GPU.
+    """
     if world_size() == 1:
         return flags
-    counts = torch.tensor(flags, dtype=torch.int32)
+    counts = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(counts)
     return tuple(bool(count) for count in counts)
 

@@ -57,6 +57,7 @@ from resnest_det.engine import (
     read_metrics,
     recompute_batch_norms,
     shard,
+    trained_class_names,
 )
 from resnest_det.engine.interruption import StopSignals
 from resnest_det.engine.journal import Hook, load_hook
@@ -225,14 +226,19 @@ def place_model(
     return model
 
 
-def load_initial_weights(model: nn.Module, init: str) -> None:
+def load_initial_weights(model: nn.Module, init: str, class_names: dict[int, str]) -> None:
     """Give a model what fits of the checkpoint that model.init names, and say what did; without one, nothing.
+
+    The last layers are the checkpoint's only where it says that it was trained on these classes, or says nothing and
+    has as many.
 
     Raises as load_matching_weights does.
     """
     if init:
         source = find_checkpoint(Path(init)) if Path(init).is_dir() else init
-        print(f"{source}\n{load_matching_weights(model, source).summary()}")
+        trained = trained_class_names(Path(source))
+        found = load_matching_weights(model, source, new_classes=trained not in (None, class_names))
+        print(f"{source}\n{found.summary()}")
 
 
 def average_and_shard(

@@ -277,8 +277,8 @@ def test_evaluate_writes_numbers_and_pictures(
     assert printed.index("AP of boxes at IoU 0.5") < printed.index("AP of masks at IoU 0.5")
     assert printed.endswith(f"results and pictures: {output}\n")
     written = json.loads((output / "results.json").read_text())
-    settings = {"annotations": annotations, "detections": detections}
-    assert written["settings"] == settings | {"backend": "pycocotools", "max_detections": [1, 5]}
+    settings = {"annotations": annotations, "detections": detections, "backend": "pycocotools"}
+    assert written["settings"] == settings | {"max_detections": [1, 5], "area_ranges": [1024, 9216]}
     results = written["results"]
     assert [results[name] for name in ("AP", "mask_AP50", "AR5", "mask_AR5")] == pytest.approx([0.5, 0.5, 0.5, 0.275])
     assert [row["name"] for row in written["mask_classes"]] == ["cat", "dog"]
@@ -287,6 +287,22 @@ def test_evaluate_writes_numbers_and_pictures(
     pictures = {path.name for path in output.glob("*.png")}
     names = ("precision_recall", "confusion_matrix", "errors")
     assert pictures == {f"{name}{suffix}.png" for name in names for suffix in ("", "_masks")}
+
+
+def test_evaluate_spares_the_folder_of_a_run(
+    annotations: str, detections: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.toml").touch()
+    command = ["evaluate", "--annotations", annotations, "--results", detections, "--output", str(tmp_path)]
+    assert main(command) == 2
+    assert "is the folder of a run, which has a results.json; name another folder" in capsys.readouterr().err
+
+
+def test_evaluate_with_other_areas(annotations: str, detections: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "--annotations", annotations, "--results", detections]
+    assert main([*command, "--area-ranges", "1", "1e9"]) == 0
+    header, row = capsys.readouterr().out.splitlines()[1:3]
+    assert dict(zip(header.split(), row.split(), strict=True))["APl"] == "-"
 
 
 def test_evaluate_needs_objects(annotations: str, detections: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -924,11 +924,14 @@ def test_the_flag_for_determinism_is_a_setting(parse: Callable[..., Command], co
 
 
 def test_the_flag_for_fine_tuning_is_a_setting(parse: Callable[..., Command], config: Path) -> None:
-    assert parse(config, "--init", "coco.pt").settings == load(config, "model.init=coco.pt")
+    checkpoint = config.with_name("coco.pt")
+    checkpoint.touch()
+    for source in (checkpoint, config.parent, "https://example.org/coco.pt"):
+        assert parse(config, "--init", source).settings == load(config, f"model.init={source}")
     with pytest.raises(SettingsError, match="--init begins training from a checkpoint, and --eval-only does not train"):
-        parse(config, "--init", "coco.pt", "--eval-only", config.parent)
-    both = load(config, "model.init=coco.pt", "model.weights=imagenet")
-    assert "model.weights has no effect with model.init" in ineffective_settings(both)
+        parse(config, "--init", checkpoint, "--eval-only", config.parent)
+    with pytest.raises(SettingsError, match=r"--init .*/cocoa.pt does not exist; .* has coco.pt"):
+        parse(config, "--init", config.with_name("cocoa.pt"))
 
 
 @pytest.mark.parametrize("value", ["[0.5]", "[2.0, 0.1]"])

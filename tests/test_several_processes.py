@@ -66,7 +66,7 @@ def test_a_run_of_two_processes(sample: Path, tmp_path: Path) -> None:
     assert (last["step"], last["processes"], len(last["random"])) == (4, 2, 2)
     files = {"best.pt", "config.toml", "last-1.pt", "last.pt", "metrics.jsonl"}
     files |= {"curves.png", "predictions.png", "errors.png", "precision_recall.png", "confusion_matrix.png"}
-    files |= {"results.json", "detections.json", "errors.json"}
+    files |= {"results.json", "detections.json", "errors.json", "confusion_matrix.json"}
     assert {file.name for file in (tmp_path / "run").iterdir()} == files
 
 

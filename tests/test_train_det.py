@@ -57,6 +57,7 @@ def test_trains_evaluates_draws_and_measures_again(
     assert sorted(file.name for file in run.iterdir()) == [
         "best.pt",
         "config.toml",
+        "confusion_matrix.json",
         "confusion_matrix.png",
         "curves.png",
         "detections.json",

@@ -152,16 +152,17 @@ class PartlyLoaded:
         return "\n".join(f"{kind}: {_by_part(names)}" for kind, names in kinds if names)
 
 
-def load_matching_weights(model: nn.Module, source: str | Path) -> PartlyLoaded:
+def load_matching_weights(model: nn.Module, source: str | Path, *, new_classes: bool = False) -> PartlyLoaded:
     """Load what a file has in common with a model, to fine-tune it: in place of the file's classes come the model's.
 
-    The last layers, which depend on the number of classes, keep the model's values where that number differs, and so
-    do whole parts that the file does not have, such as the mask head in a file of Faster R-CNN. Everything else must
-    fit: a file of another backbone or pyramid is refused.
+    The last layers, which depend on the classes, keep the model's values where their number differs, and so do whole
+    parts that the file does not have, such as the mask head in a file of Faster R-CNN. Everything else must fit, and
+    the backbone and its pyramid must be there.
 
     Args:
         model: a detector or a segmentation model.
         source: as of load_weights: a run's checkpoint, or what torchvision publishes for the same detector.
+        new_classes: the classes are others though they may be as many: the last layers keep the model's values.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -171,16 +172,19 @@ def load_matching_weights(model: nn.Module, source: str | Path) -> PartlyLoaded:
     """
     path = find_file(source)
     if path is None:
-        raise FileNotFoundError(f"no weights at {source}: give the path of a file, or a URL")
+        raise FileNotFoundError(f"no weights at {source}: give the path of a checkpoint, or a URL")
     model = _unwrapped(model)
     own, state = model.state_dict(), with_present_detector_keys(without_wrappers(read_state_dict(path)))
     replaced = [
         key
         for key in own
-        if key in state and state[key].shape != own[key].shape and _is_classifier(key, state[key], own[key])
+        if key in state
+        and (new_classes or state[key].shape != own[key].shape)
+        and _is_classifier(key, state[key], own[key])
     ]
     parts = {_part(key) for key in own}, {_part(key) for key in state}
-    missing = [key for key in own if key not in state and _part(key) not in parts[1]]
+    lacking = parts[0] - parts[1]
+    missing = [key for key in own if _part(key) in lacking and not key.startswith("backbone.")]
     unused = [key for key in state if key not in own and _part(key) not in parts[0]]
     fitting = {key: tensor for key, tensor in state.items() if key not in {*replaced, *unused}}
     absent = set(_without_counters(own.keys() - state.keys())) - set(missing)

@@ -1,6 +1,12 @@
 """Training: the loop, the optimiser and its schedule, checkpoints and the journal."""
 
-from resnest_det.engine.checkpoint import check_class_names, load_checkpoint, load_last, save_checkpoint
+from resnest_det.engine.checkpoint import (
+    check_class_names,
+    load_checkpoint,
+    load_last,
+    save_checkpoint,
+    trained_class_names,
+)
 from resnest_det.engine.fit import fit
 from resnest_det.engine.interruption import Interrupted
 from resnest_det.engine.journal import Journal, new_run_folder, read_metrics
@@ -31,5 +37,6 @@ __all__ = [
     "scaled_learning_rate",
     "seed_random_numbers",
     "shard",
+    "trained_class_names",
     "unsharded",
 ]

@@ -101,6 +101,15 @@ def load_last(folder: Path) -> dict[str, Any]:
     return _checked(chosen, _read(chosen) if content is None else content)
 
 
+def trained_class_names(path: Path) -> dict[int, str] | None:
+    """The classes that a checkpoint of a run was trained on; None of any other file, and where there is none."""
+    try:
+        content = _read(path)
+    except (ValueError, OSError):
+        return None  # whoever loads its weights says what is wrong
+    return content.get("class_names") if isinstance(content, dict) else None
+
+
 def check_class_names(path: Path, class_names: dict[int, str], content: Any = None) -> None:
     """Refuse a checkpoint whose classes are not `class_names`; one that does not name its classes passes.
 

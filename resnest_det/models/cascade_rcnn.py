@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_inference, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -45,6 +44,7 @@ from resnest_det.models.regions import (
     feature_pyramid,
     make_box_head,
     make_mask_head,
+    make_mask_predictor,
     make_rpn_head,
     pyramid_channels,
 )
@@ -160,7 +160,7 @@ def cascade_rcnn(
         detections_per_image=detections_per_image,
         mask_roi_pool=_region_pool(MASK_REGION_SIZE) if masks else None,
         mask_head=make_mask_head(channels, mask_head_channels, mask_head_norm) if masks else None,
-        mask_predictor=MaskRCNNPredictor(mask_head_channels, mask_head_channels, num_classes) if masks else None,
+        mask_predictor=make_mask_predictor(mask_head_channels, num_classes) if masks else None,
     )
     transform = GeneralizedRCNNTransform(
         min_size, max_size, list(image_mean), list(image_std), _skip_resize=not resize_in_training

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.models.detection import fcos as torchvision_fcos
 
+from resnest_det.backbones import StageExtractor
 from resnest_det.layers import NormName
 from resnest_det.models.regions import (
     Float32AnchorGenerator,
@@ -111,6 +112,13 @@ def fcos(
         raise ValueError(
             f"the pyramid has {num_levels(pyramid)} levels and FCOS needs {len(_STRIDES)}, of the strides 8 to 128: "
             f'make it by fpn_backbone(net, stages=("layer2", "layer3", "layer4"), extra_level="p6p7")'
+        )
+    body = getattr(pyramid, "body", None)
+    strides = tuple(body.strides.values()) if isinstance(body, StageExtractor) else _STRIDES
+    if strides != _STRIDES[: len(strides)]:
+        raise ValueError(
+            f"the pyramid stands on stages of the strides {strides} and FCOS needs {_STRIDES[:3]}: make it by "
+            f'fpn_backbone(net, stages=("layer2", "layer3", "layer4"), extra_level="p6p7")'
         )
     model = FCOS(
         pyramid,

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from torch import nn
 from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
 from resnest_det.layers import NormName
 from resnest_det.models.regions import (
@@ -23,6 +22,7 @@ from resnest_det.models.regions import (
     make_box_head,
     make_box_predictor,
     make_mask_head,
+    make_mask_predictor,
     make_rpn_head,
     pyramid_channels,
 )
@@ -107,7 +107,7 @@ def mask_rcnn(
         box_head=make_box_head(box_head, channels, box_head_channels, box_head_norm),
         box_predictor=make_box_predictor(box_head_channels, num_classes),
         mask_head=make_mask_head(channels, mask_head_channels, mask_head_norm),
-        mask_predictor=MaskRCNNPredictor(mask_head_channels, mask_head_channels, num_classes),
+        mask_predictor=make_mask_predictor(mask_head_channels, num_classes),
         rpn_anchor_generator=anchors,
         rpn_head=make_rpn_head(channels, anchors, rpn_convolutions),
         rpn_pre_nms_top_n_train=rpn_proposals_train,

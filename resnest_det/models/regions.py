@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -236,7 +236,7 @@ class MaskHead(MaskRCNNHeads):
     def forward(self, input: Tensor) -> Tensor:
         """Features of regions (R, in_channels, 14, 14) to (R, channels, 14, 14)."""
         live = [norm for norm in self.modules() if norm.training and isinstance(norm, _SYNC_BATCH_NORMS)]
-        if not live or any_process(len(input) > 0)[0]:
+        if not live or any_process(len(input) > 0, device=input.device)[0]:
             return super().forward(input)
         for norm in live:
             norm.training = False
@@ -249,9 +249,14 @@ class MaskHead(MaskRCNNHeads):
 def make_mask_head(in_channels: int, channels: int, norm: NormName | None) -> MaskHead:
     """Features of regions (R, in_channels, 14, 14) to (R, channels, 14, 14): four 3x3 convolutions.
 
-    What follows it is torchvision's MaskRCNNPredictor(channels, channels, num_classes), which doubles the size.
+    What follows it is make_mask_predictor's, which doubles the size.
     """
     return MaskHead(in_channels, [channels] * 4, dilation=1, norm_layer=norm_layer(norm) if norm else None)
+
+
+def make_mask_predictor(channels: int, num_classes: int) -> MaskRCNNPredictor:
+    """Features of the mask head (R, channels, 14, 14) to mask logits (R, num_classes, 28, 28)."""
+    return with_float32_outputs(MaskRCNNPredictor(channels, channels, num_classes))
 
 
 def without_background(head_outputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:

@@ -15,7 +15,10 @@ from resnest_det.visualize import draw_confusion_matrix, draw_error_breakdown, d
 def write_detection_report(
     folder: Path, metric: CocoMeanAveragePrecision, *, masks: bool = False, suffix: str = ""
 ) -> str:
-    """Write `errors.json`, `errors.png`, `precision_recall.png` and `confusion_matrix.png` into a folder.
+    """Write into a folder what a metric's detections get wrong, as numbers and as pictures.
+
+    The files are `errors.json`, `errors.png`, `precision_recall.png`, `confusion_matrix.json` and
+    `confusion_matrix.png`.
 
     Without any object in the images there is nothing to write.
 
@@ -26,7 +29,7 @@ def write_detection_report(
         suffix: what the files' names have before their ending, such as "_masks".
 
     Returns:
-        The errors by kind as a table of text, 80 columns wide at most.
+        The errors by kind, and the classes that are confused most, as tables of text.
     """
     images, class_names, limit = metric.images.values(), metric.class_names, metric.max_detections[-1]
     if not any((~image.true_crowds).any() for image in images):
@@ -35,6 +38,8 @@ def write_detection_report(
     (folder / f"errors{suffix}.json").write_text(json.dumps(asdict(breakdown), indent=2) + "\n")
     curves = precision_recall(images, class_names, iou_thresholds=(0.5,), max_detections=limit, masks=masks)
     matrix = confusion_matrix(images, class_names, masks=masks)
+    confusions = {"class_names": [*matrix.class_names, "background"], "counts": matrix.counts.tolist()}
+    (folder / f"confusion_matrix{suffix}.json").write_text(json.dumps(confusions) + "\n")
     kind = "masks" if masks else "boxes"
     pictures = {
         "errors": draw_error_breakdown(
@@ -54,4 +59,4 @@ def write_detection_report(
     }
     for name, picture in pictures.items():
         Image.fromarray(picture).save(folder / f"{name}{suffix}.png")
-    return breakdown.table()
+    return f"{breakdown.table()}\n\n{matrix.table(limit=10)}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,8 @@ from resnest_det.visualize.pictures import Array, Picture, as_array
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+P = ParamSpec("P")
 
 _COLOURS = (  # of Okabe and Ito, told apart with any colour vision
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
@@ -24,6 +27,20 @@ _LONGEST_NAME = 22  # characters of a class name
 _BACKGROUND = "background"
 
 
+def _as_written(draw: Callable[P, Picture]) -> Callable[P, Picture]:
+    """The drawing function, to which a dollar sign in a name is no formula."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Picture:
+        from matplotlib import rc_context
+
+        with rc_context({"text.parse_math": False}):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@_as_written
 def draw_precision_recall(
     recalls: Array, precisions: Array, class_names: Sequence[str], *, title: str = "precision by recall"
 ) -> Picture:
@@ -83,6 +100,7 @@ def draw_precision_recall(
     return _rendered(figure)
 
 
+@_as_written
 def draw_confusion_matrix(
     counts: Array, class_names: Sequence[str], *, title: str = "", max_classes: int = 100
 ) -> Picture:
@@ -215,6 +233,8 @@ def _most_mistaken(
 
 
 def _shortened(name: str) -> str:
+    if name.startswith("_"):  # which a legend would leave out
+        name = f"\N{ZERO WIDTH SPACE}{name}"
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 

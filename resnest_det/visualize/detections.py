@@ -91,7 +91,12 @@ def draw_boxes(
     elif scale < 1:
         raise ValueError(f"scale is {scale}, expected a whole number from 1; leave it out for a fitting one")
     if masks is not None:
-        pixels = _with_masks(pixels, _dense_masks(masks, (num_boxes, height, width)), colours, order)
+        if len(masks) != num_boxes:
+            raise ValueError(f"there are {len(masks)} masks and {num_boxes} boxes; give one mask a box")
+        painted = pixels.copy()
+        for place in order.tolist():
+            _paint_mask(painted, pixels, masks[place], colours[place])
+        pixels = painted
     canvas = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(canvas)
     line_width = max(2, round(max(canvas.size) / 180))
@@ -170,28 +175,16 @@ def _one_per_box(values: Array, name: str, num_boxes: int) -> npt.NDArray[Any]:
     return array
 
 
-def _dense_masks(masks: Masks, shape: tuple[int, int, int]) -> npt.NDArray[np.bool_]:
-    """(N, H, W), whether each pixel is the object's."""
-    dense = [coco_mask.decode(mask) if isinstance(mask, Mapping) else as_array(mask) for mask in masks]
-    stacked = np.stack(dense) if dense else np.zeros(shape)
-    if stacked.ndim == 4 and stacked.shape[1] == 1:
-        stacked = stacked[:, 0]
-    if stacked.shape != shape:
-        raise ValueError(
-            f"masks have shape {stacked.shape}, expected {shape}; give one mask a box, of the image's size"
-        )
-    return stacked > 0.5
-
-
-def _with_masks(
-    pixels: Picture, masks: npt.NDArray[np.bool_], colours: Sequence[Colour], order: npt.NDArray[np.int64]
-) -> Picture:
-    """The picture with the masks in their colours, half transparent, the last of `order` over the others."""
-    painted = pixels.astype(np.float64)
-    for index in order:
-        inside = masks[index]
-        painted[inside] = (1 - _MASK_SHARE) * pixels[inside] + _MASK_SHARE * np.array(colours[index])
-    return painted.round().astype(np.uint8)
+def _paint_mask(painted: Picture, image: Picture, mask: Any, colour: Colour) -> None:
+    """Paint a mask in its colour, half transparent, over what was painted before it."""
+    dense = coco_mask.decode(mask) if isinstance(mask, Mapping) else as_array(mask)
+    if dense.ndim == 3 and len(dense) == 1:
+        dense = dense[0]
+    if dense.shape != image.shape[:2]:
+        raise ValueError(f"a mask has shape {dense.shape}, expected {image.shape[:2]}, the size of the image")
+    inside = dense > 0.5
+    mixed = (1 - _MASK_SHARE) * image[inside] + _MASK_SHARE * np.array(colour)
+    painted[inside] = mixed.round()
 
 
 def _text_colour(background: Colour) -> Colour:

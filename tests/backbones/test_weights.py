@@ -392,6 +392,22 @@ def test_fine_tuning_refuses_the_file_of_another_model(
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
+def test_fine_tuning_on_as_many_other_classes(tmp_path: Path) -> None:
+    torch.save(small_detector(4).state_dict(), tmp_path / "det.pt")
+    assert load_matching_weights(small_detector(4), tmp_path / "det.pt").replaced == ()
+    found = load_matching_weights(small_detector(4), tmp_path / "det.pt", new_classes=True)
+    assert len(found.replaced) == 4
+
+
+def test_fine_tuning_refuses_a_file_without_the_backbone(tmp_path: Path) -> None:
+    """Its place would be taken by random weights, and frozen without a word."""
+    state = small_detector(4).state_dict()
+    state = {key.replace("backbone.body.", "backbone.bottom_up."): tensor for key, tensor in state.items()}
+    torch.save(state, tmp_path / "det.pt")
+    with pytest.raises(ValueError, match=r"100 missing: backbone\.body\.bn1"):
+        load_matching_weights(small_detector(4), tmp_path / "det.pt")
+
+
 def test_fine_tuning_refuses_another_backbone(tmp_path: Path) -> None:
     other = faster_rcnn(create_backbone("resnet34"), 4, fpn_channels=8, box_head_channels=8)
     torch.save(other.state_dict(), tmp_path / "det.pt")
@@ -400,7 +416,7 @@ def test_fine_tuning_refuses_another_backbone(tmp_path: Path) -> None:
 
 
 def test_fine_tuning_from_a_missing_file() -> None:
-    with pytest.raises(FileNotFoundError, match="no weights at nowhere.pt: give the path of a file, or a URL"):
+    with pytest.raises(FileNotFoundError, match="no weights at nowhere.pt: give the path of a checkpoint, or a URL"):
         load_matching_weights(small_detector(4), "nowhere.pt")
 
 

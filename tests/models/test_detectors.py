@@ -199,9 +199,10 @@ def test_boxes_keep_their_precision_where_the_rest_has_16_bits(detector: str) ->
     with torch.inference_mode():
         model([image])
         with torch.autocast("cpu", torch.bfloat16):
-            boxes = model([image])[0]["boxes"]
+            found = model([image])[0]
+    boxes = found["boxes"]
     assert torch.equal(*anchors)
-    assert boxes.dtype == torch.float32
+    assert {found[name].dtype for name in ("boxes", "scores", "masks") if name in found} == {torch.float32}
     assert not torch.equal(boxes, boxes.bfloat16().float())
 
 

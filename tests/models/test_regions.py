@@ -67,7 +67,7 @@ def test_without_background() -> None:
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["no process has a region", "another process has"])
 def test_mask_head_without_regions(elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics are taken together with the others where one has a region, and left alone where none has."""
-    monkeypatch.setattr(regions, "any_process", lambda *flags: tuple(flag or elsewhere for flag in flags))
+    monkeypatch.setattr(regions, "any_process", lambda *flags, device: tuple(flag or elsewhere for flag in flags))
     head = regions.make_mask_head(8, 4, "sync_bn")
     norms = [module for module in head.modules() if isinstance(module, SyncBatchNorm)]
     together = []

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from resnest_det.evaluation import CocoMeanAveragePrecision, error_breakdown
+from resnest_det.evaluation import CocoMeanAveragePrecision, confusion_matrix, error_breakdown
 from resnest_det.reports import write_detection_report
 
 
@@ -37,7 +37,10 @@ def test_writes_the_errors_and_their_pictures(masks: bool, tmp_path: Path) -> No
     metric = evaluated(masks=masks)
     table = write_detection_report(tmp_path, metric, masks=masks, suffix="_here")
     expected = error_breakdown(metric.images.values(), metric.class_names, masks=masks)
-    assert table == expected.table()
+    matrix = confusion_matrix(metric.images.values(), metric.class_names, masks=masks)
+    assert table == f"{expected.table()}\n\n{matrix.table(limit=10)}"
+    counts = json.loads((tmp_path / "confusion_matrix_here.json").read_text())
+    assert counts == {"class_names": ["disc", "square", "background"], "counts": [[1, 1, 0], [0, 0, 1], [0, 0, 0]]}
     written = json.loads((tmp_path / "errors_here.json").read_text())
     assert written["main"]["classification"]["delta_ap"] == expected.main["classification"].delta_ap > 0
     pictures = ["confusion_matrix_here.png", "errors_here.png", "precision_recall_here.png"]

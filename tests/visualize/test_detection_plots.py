@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -230,3 +231,14 @@ def test_matplotlib_stays_as_it_was() -> None:
 def test_wrong_arguments(draw: Drawing, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+@pytest.mark.parametrize("name", ["$x_$", "a$b$c", r"$\\foo$", "_hidden"])
+def test_names_are_drawn_as_they_are(name: str) -> None:
+    """A formula's dollar sign, and an underscore at the beginning, which legends leave out."""
+    recalls, precisions = np.linspace(0, 1, 101), np.full((1, 101), 0.5)
+    plain = draw_precision_recall(recalls, precisions, ["a"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw_precision_recall(recalls, precisions, [name]).shape[1] >= plain.shape[1]
+        assert draw_confusion_matrix(np.eye(2, dtype=np.int64), [name]).ndim == 3

@@ -141,8 +141,8 @@ def test_crowd_is_dashed() -> None:
         ({"labels": np.array([7])}, r"label 7 has no name in class_names, which begins: 1 disc, 2 square"),
         ({"scores": np.zeros((1, 1))}, r"scores has shape \(1, 1\), expected \(1,\)"),
         ({"iscrowd": np.zeros(0)}, r"iscrowd has shape \(0,\), expected \(1,\)"),
-        ({"masks": np.zeros((1, 6, 8))}, r"masks have shape \(1, 6, 8\), expected \(1, 60, 80\); give one mask a box"),
-        ({"masks": np.zeros((2, 60, 80))}, r"masks have shape \(2, 60, 80\), expected \(1, 60, 80\)"),
+        ({"masks": np.zeros((1, 6, 8))}, r"a mask has shape \(6, 8\), expected \(60, 80\), the size"),
+        ({"masks": np.zeros((2, 60, 80))}, r"there are 2 masks and 1 boxes; give one mask a box"),
         ({"scale": 0}, r"scale is 0, expected a whole number from 1"),
     ],
 )
