@@ -293,8 +293,8 @@ def read_coco_targets(annotations: str | os.PathLike[str], *, masks: bool = Fals
         masks: give the objects' masks, as run lengths. Every annotation must then have a segmentation.
 
     Returns:
-        Targets as `CocoDetection` gives them with train=False and masks="rle", but with boxes in float64: as exact as
-        the file, for an evaluation that equals pycocotools'.
+        Targets as `CocoDetection` gives them with train=False and masks="rle", but with boxes in float64, and
+        beside them "boxes_xywh" (N, 4), the file's own numbers: for an evaluation that equals pycocotools'.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -305,13 +305,15 @@ def read_coco_targets(annotations: str | os.PathLike[str], *, masks: bool = Fals
     order = np.argsort(content.image_indices, kind="stable")
     offsets = offsets_of(np.bincount(content.image_indices, minlength=len(content.image_ids))).tolist()
     segmentations = None if content.segmentations is None else content.segmentations.select(order)
-    boxes_xyxy = torch.from_numpy(_to_xyxy(content.boxes_xywh[order]))
+    boxes_xywh = torch.from_numpy(content.boxes_xywh[order])
+    boxes_xyxy = torch.from_numpy(_to_xyxy(boxes_xywh.numpy()))
     object_labels = torch.from_numpy(_labels_in_order(content.category_ids[order], labels))
     areas, iscrowd = torch.from_numpy(content.areas[order]), torch.from_numpy(content.iscrowd[order])
     targets = []
     for index, (first, last) in enumerate(itertools.pairwise(offsets)):
         target: Target = {
             "boxes": boxes_xyxy[first:last],
+            "boxes_xywh": boxes_xywh[first:last],
             "labels": object_labels[first:last],
             "image_id": int(content.image_ids[index]),
             "area": areas[first:last],
@@ -407,6 +409,8 @@ def _read(path: Path, masks: bool) -> _Content:
         _raise_structure_error(path, text, error)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise syntax_error(path, text, error) from None
+    except RecursionError:
+        raise _depth_error(path) from None
 
     image_ids = np.array([image.id for image in document.images], np.int64)
     num_annotations = len(document.annotations)
@@ -463,8 +467,17 @@ def _raise_structure_error(path: Path, text: mmap.mmap, error: msgspec.Validatio
     except msgspec.ValidationError:
         hint = " (a list of detections is a results file)" if text[:64].lstrip().startswith(b"[") else ""
         raise ValueError(f"{path}: {error} at its top{hint}; {rule}") from None
+    except RecursionError:
+        raise _depth_error(path) from None
     missing = [key for key in _Document.__struct_fields__ if key not in keys]
     raise ValueError(f"{path} has the keys {listed(keys)} and lacks {', '.join(missing)}; {rule}") from None
+
+
+def _depth_error(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} nests lists or objects too deeply to be read; in a COCO instances file nothing is deeper than the "
+        f"segmentation of an annotation"
+    )
 
 
 def _raise_annotation_error(path: Path, annotations: Iterable[msgspec.Raw], kind: type[_Annotation]) -> NoReturn:

@@ -170,10 +170,14 @@ class CocoMeanAveragePrecision:
                 box over a crowd, which is no object to find: detections that match it do not count. Where masks are
                 evaluated also "masks": (N, H, W) of 0 and 1, or N run lengths. Other keys are not looked at.
 
+        Both may have "boxes_xywh" beside "boxes": the same as (x, y, width, height), where a file has them so. These
+        are then evaluated, as turning them into xyxy and back costs the last bit.
+
         Raises:
             ValueError: predictions and targets differ in number; a key is missing; an array's shape is
-                wrong; a box, score or area is not finite; a box ends before it starts; a label is not in
-                `class_names`; masks are of several sizes, no probabilities or no run lengths; an image came before.
+                wrong; a box, score or area is not finite; a box ends before it starts, or is another in
+                "boxes_xywh"; an area is negative; a label is not in `class_names`; masks are of several sizes, no
+                probabilities or no run lengths; an image came before.
         """
         if isinstance(predictions, Mapping):
             raise ValueError(

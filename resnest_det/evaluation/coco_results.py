@@ -7,10 +7,12 @@ file. Source: https://cocodataset.org/#format-results.
 
 from __future__ import annotations
 
+import codecs
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -45,15 +47,16 @@ def read_coco_results(
     """The predictions that a file of results holds, for `CocoMeanAveragePrecision.update`.
 
     Args:
-        path: the JSON file.
+        path: the JSON file. An empty bbox is taken for none, and an id such as 5.0 for 5.
         image_ids: of the annotation file's images.
         labels: the annotation file's category id -> label.
         masks: read the segmentations too. Every detection must then have one.
 
     Returns:
         For each of the image ids "boxes" (M, 4) xyxy in pixels, float64, around the mask where a detection has no
-        bbox; "labels" (M,) int64; "scores" (M,) float64; and, with masks, "masks", a list of M run lengths. Detections
-        of an image keep the file's order.
+        bbox; "boxes_xywh" (M, 4), the same as the file has them, to the last bit; "labels" (M,) int64; "scores" (M,)
+        float64; and, with masks, "masks", a list of M run lengths. Detections of an image keep the file's order. Of a
+        file that holds none it warns.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -61,6 +64,12 @@ def read_coco_results(
     """
     path = Path(path)
     detections = _decode(path)
+    if not detections:
+        warnings.warn(
+            f"{path} holds no detection, so no object counts as found; check that it is the right file, and that the "
+            f"detector's score threshold lets some through",
+            stacklevel=2,
+        )
     found_masks, mistakes = _read_masks(detections, masks)
     places: dict[int, list[int]] = {image_id: [] for image_id in image_ids}
     mistakes += _mistakes(detections, places.keys(), labels)
@@ -69,19 +78,20 @@ def read_coco_results(
             f"{path} is no file of results for these annotations; detections count from 0:"
             + "".join(f"\n- {mistake}" for mistake in mistakes)
         )
-    boxes_xywh = np.array([detection.bbox or (0, 0, 0, 0) for detection in detections], np.float64)
+    boxes_xywh = np.array([detection.bbox or (0, 0, 0, 0) for detection in detections], np.float64).reshape(-1, 4)
     boxless = [place for place, detection in enumerate(detections) if detection.bbox is None]
     if boxless:
         boxes_xywh[boxless] = coco_mask.toBbox([found_masks[place] for place in boxless])
     boxes_xyxy = np.concatenate((boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]), axis=1)
-    found_labels = np.array([labels[detection.category_id] for detection in detections])
-    scores = np.array([detection.score for detection in detections])
+    found_labels = np.array([labels[detection.category_id] for detection in detections], np.int64)
+    scores = np.array([detection.score for detection in detections], np.float64)
     for place, detection in enumerate(detections):
         places[detection.image_id].append(place)
     predictions = {}
     for image_id, mine in places.items():
         prediction: dict[str, Any] = {
             "boxes": torch.from_numpy(boxes_xyxy[mine]),
+            "boxes_xywh": torch.from_numpy(boxes_xywh[mine]),
             "labels": torch.from_numpy(found_labels[mine]),
             "scores": torch.from_numpy(scores[mine]),
         }
@@ -98,49 +108,62 @@ def _decode(path: Path) -> list[_Detection]:
             f"the file of results {path} {'is a folder' if path.is_dir() else 'does not exist'}; give the JSON file "
             f"that a detector's detections were written to"
         )
-    text = path.read_bytes()
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if not text:
         raise ValueError(f"{path} is empty; it should be a file of results, a list of detections in JSON")
     try:
-        detections = msgspec.json.decode(text, type=list[_Detection])
-    except msgspec.ValidationError as error:
-        _raise_structure_error(path, text, error)
+        try:
+            return msgspec.json.decode(text, type=list[_Detection])
+        except msgspec.ValidationError:
+            return _decode_each(path, text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise syntax_error(path, text, error) from None
-    if not detections:
+    except RecursionError:
         raise ValueError(
-            f"{path} holds an empty list, so there is no detection to score; check that it is the right file, and that "
-            f"the detector's score threshold lets some through"
-        )
+            f"{path} nests lists or objects too deeply to be read; a file of results is a list of detections, none of "
+            f"them deeper than its segmentation"
+        ) from None
+
+
+def _decode_each(path: Path, text: bytes) -> list[_Detection]:
+    """The detections of a file that has some in another form: brought into the usual one, or all of them told."""
+    try:
+        entries = msgspec.json.decode(text, type=list[msgspec.Raw])
+    except msgspec.ValidationError as error:
+        hint = " (an object with annotations is an annotation file)" if b'"annotations"' in text else ""
+        raise ValueError(f"{path}: {error} at its top{hint}; a file of results is a list of detections") from None
+    detections, wrong = [], []
+    for place, entry in enumerate(entries):
+        try:
+            detections.append(msgspec.json.decode(_usual_form(entry), type=_Detection))
+        except (msgspec.ValidationError, UnicodeDecodeError) as reason:
+            wrong.append(f"\n- detection {place}: {reason}")
+    if wrong:
+        raise ValueError(
+            f"{path}: {len(wrong)} of {len(entries)} detections cannot be read; each needs image_id, category_id, "
+            f"score and bbox = [x, y, width, height] or a segmentation. The first, counted from 0:"
+            f"{''.join(wrong[:_NUM_SHOWN])}"
+        ) from None
     return detections
 
 
-def _raise_structure_error(path: Path, text: bytes, error: msgspec.ValidationError) -> NoReturn:
-    """Find every detection that does not decode and show the first few."""
-    try:
-        entries = msgspec.json.decode(text, type=list[msgspec.Raw])
-    except msgspec.ValidationError:
-        hint = " (an object with annotations is an annotation file)" if b'"annotations"' in text else ""
-        raise ValueError(f"{path}: {error} at its top{hint}; a file of results is a list of detections") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as broken:  # further on in the file
-        raise syntax_error(path, text, broken) from None
-    wrong = []
-    for place, entry in enumerate(entries):
-        try:
-            msgspec.json.decode(entry, type=_Detection)
-        except (msgspec.ValidationError, UnicodeDecodeError) as reason:
-            wrong.append(f"\n- detection {place}: {reason}")
-    raise ValueError(
-        f"{path}: {len(wrong)} of {len(entries)} detections cannot be read; each needs image_id, category_id, score "
-        f"and bbox = [x, y, width, height] or a segmentation. The first, counted from 0:{''.join(wrong[:_NUM_SHOWN])}"
-    ) from None
+def _usual_form(entry: msgspec.Raw) -> bytes:
+    """A detection without the empty bbox that pycocotools reads as none, and without the floats pandas makes of ids."""
+    fields = msgspec.json.decode(entry, type=dict[str, msgspec.Raw])
+    for key in ("image_id", "category_id"):
+        value = msgspec.json.decode(fields.get(key, b"null"))
+        if isinstance(value, float) and value.is_integer():
+            fields[key] = msgspec.Raw(b"%d" % value)
+    if bytes(fields.get("bbox", b"")).translate(None, b" \t\r\n") == b"[]":
+        del fields["bbox"]
+    return msgspec.json.encode(fields)
 
 
 def _mistakes(detections: Sequence[_Detection], image_ids: Iterable[int], labels: Mapping[int, int]) -> list[str]:
     """Every rule on ids, scores and boxes that some detections break."""
     known_images = set(image_ids)
     categories = f"category_id is none of the annotation file's {len(labels)} (ids {_listed(sorted(labels))})"
-    if max(detection.category_id for detection in detections) <= len(labels) < max(labels):
+    if detections and max(detection.category_id for detection in detections) <= len(labels) < max(labels):
         categories += "; labels, which count the categories from 1, must be turned into the file's ids"
     broken: dict[str, list[str]] = {}
     for place, detection in enumerate(detections):

@@ -7,8 +7,9 @@ and a box that a tile's edge has cut counts for less.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ EDGE = 0.01  # of a tile's side: a box that ends nearer to an edge than this is 
 CUT_RANK = 0.8  # of its score: where such a box ranks among those of the other tiles
 
 _NEEDED = ("boxes", "labels", "scores")
+_LEAVE_OUT = "leave out flip, tile and all but one of short_sides for this model"
 
 Detections = dict[str, Any]
 
@@ -85,10 +87,15 @@ class DetectionInference:
         tile_match_threshold: float = 0.5,
         detections_per_image: int = 0,
     ) -> None:
+        if not isinstance(short_sides, Iterable):
+            raise ValueError(f"short_sides={short_sides!r} must be a sequence of sides, such as (640,) or (640, 800)")
+        short_sides = tuple(short_sides)
         for short_side in short_sides:
-            if short_side < 1:
-                raise ValueError(f"short_sides has {short_side}; a side is a number of pixels from 1")
+            if not isinstance(short_side, Integral) or short_side < 1:
+                raise ValueError(f"short_sides has {short_side!r}; a side is a whole number of pixels from 1")
         for name, number in {"max_side": max_side, "tile": tile, "detections_per_image": detections_per_image}.items():
+            if not isinstance(number, Integral):
+                raise ValueError(f"{name}={number!r} is no whole number; give one from 1, or 0 to leave it out")
             if number < 0:
                 raise ValueError(f"{name}={number} is negative; give a number from 1, or 0 to leave it out")
         if max_side and not short_sides:
@@ -110,7 +117,7 @@ class DetectionInference:
         if tile_match not in ("iou", "ios"):
             raise ValueError(f"tile_match={tile_match!r} must be 'iou' or 'ios'")
         check_threshold("tile_match_threshold", tile_match_threshold)
-        self.short_sides = tuple(short_sides)
+        self.short_sides = short_sides
         self.max_side = max_side
         self.flip = flip
         self.merge = merge
@@ -151,12 +158,13 @@ class DetectionInference:
 
     def _in_passes(self, model: nn.Module, images: list[Tensor]) -> list[Detections]:
         """What is found in each image over all sizes, and mirrored."""
+        are_merged = bool(self.flip or self.tile or len(self.short_sides) > 1)
         passes: list[list[Detections]] = []
         for short_side in self.short_sides or (None,):
             with _resizing_to(model, short_side, self.max_side):
-                passes.append(_detect(model, images))
+                passes.append(_detect(model, images, are_merged))
                 if self.flip:
-                    mirrored = _detect(model, [image.flip(-1) for image in images])
+                    mirrored = _detect(model, [image.flip(-1) for image in images], are_merged)
                     passes.append(
                         [_mirrored(found, image.shape[-1]) for found, image in zip(mirrored, images, strict=True)]
                     )
@@ -165,8 +173,6 @@ class DetectionInference:
         return [self._merge(of_image) for of_image in zip(*passes, strict=True)]
 
     def _merge(self, passes: Sequence[Detections]) -> Detections:
-        for found in passes:
-            _check_keys(found)
         if self.merge == "wbf":
             return dict(weighted_boxes_fusion(passes, iou_threshold=self.merge_threshold))
         boxes, labels, scores = _joined(passes)
@@ -181,7 +187,6 @@ class DetectionInference:
             some = corners[first : first + TILES_AT_ONCE]
             tiles = [image[:, top : top + self.tile, left : left + self.tile] for top, left in some]
             for (top, left), found in zip(some, self._in_passes(model, tiles), strict=True):
-                _check_keys(found)
                 parts.append(_placed(found, top, left, (height, width)))
                 are_cut.append(self._cut(parts[-1]["boxes"], top, left, (height, width)))
         if len(corners) == 1:
@@ -263,7 +268,7 @@ def _resizing_to(model: nn.Module, short_side: int | None, max_side: int) -> Ite
         transform.min_size, transform.max_size = before
 
 
-def _detect(model: nn.Module, images: list[Tensor]) -> list[Detections]:
+def _detect(model: nn.Module, images: list[Tensor], are_merged: bool) -> list[Detections]:
     answer: Any = model(images)
     if not isinstance(answer, Sequence) or len(answer) != len(images):
         count = f" of {len(answer)}" if isinstance(answer, Sequence) else ""
@@ -277,14 +282,26 @@ def _detect(model: nn.Module, images: list[Tensor]) -> list[Detections]:
             raise ValueError(
                 f"the model returned {held} for an image; a detector returns a dict with boxes, labels and scores"
             )
+        if are_merged:
+            _check_mergeable(found)
     return list(answer)
 
 
-def _check_keys(found: Detections) -> None:
+def _check_mergeable(found: Mapping[str, Any]) -> None:
     if others := sorted(found.keys() - {*_NEEDED, "masks"}):
         raise ValueError(
             f"the model returns {', '.join(others)}, which cannot be turned back, moved and merged as boxes and masks "
-            f"are; leave out flip, tile and all but one of short_sides for this model"
+            f"are; {_LEAVE_OUT}"
+        )
+    if "masks" not in found:
+        return
+    masks = found["masks"]
+    shape = tuple(masks.shape) if isinstance(masks, Tensor) else None
+    if shape is None or len(shape) != 4 or shape[:2] != (len(found["boxes"]), 1):
+        came = f"of the type {type(masks).__name__}" if shape is None else f"of the shape {shape}"
+        raise ValueError(
+            f"the model returns masks {came} beside {len(found['boxes'])} boxes, and only a tensor of (M, 1, H, W), as "
+            f"torchvision's detectors have it, can be turned back, moved and merged; {_LEAVE_OUT}"
         )
 
 

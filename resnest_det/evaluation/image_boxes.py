@@ -20,6 +20,8 @@ from resnest_det.coco_format import EncodedMask, encoded_masks
 
 MASK_THRESHOLD = 0.5  # of a pixel's probability, above which it belongs to the object
 
+_ROUNDING = 1e-5  # of a box's largest coordinate: by how much boxes and boxes_xywh may differ
+
 
 @dataclass(frozen=True, slots=True)
 class ImageBoxes:
@@ -63,6 +65,10 @@ def read_image_boxes(
     true_boxes_xywh = _boxes_xywh(target, expected)
     found_boxes_xywh = _boxes_xywh(prediction, found)
     num_true, num_found = len(true_boxes_xywh), len(found_boxes_xywh)
+    true_areas = true_boxes_xywh[:, 2] * true_boxes_xywh[:, 3]
+    if "area" in target:
+        true_areas = _one_per_box(target, "area", num_true, expected)
+        _check_areas(true_areas, expected)
     true_masks = _masks(target, num_true, expected) if masks else None
     found_masks = _masks(prediction, num_found, found) if masks else None
     if true_masks and found_masks and true_masks[0]["size"] != found_masks[0]["size"]:
@@ -73,11 +79,7 @@ def read_image_boxes(
     return ImageBoxes(
         true_boxes_xywh=true_boxes_xywh,
         true_labels=_labels(target, num_true, class_names, expected),
-        true_areas=(
-            _one_per_box(target, "area", num_true, expected)
-            if "area" in target
-            else true_boxes_xywh[:, 2] * true_boxes_xywh[:, 3]
-        ),
+        true_areas=true_areas,
         true_crowds=(
             _one_per_box(target, "iscrowd", num_true, expected).astype(np.bool_)
             if "iscrowd" in target
@@ -117,7 +119,27 @@ def _boxes_xywh(item: Mapping[str, Any], source: str) -> NDArray[np.float64]:
             f"{source}: the box {reversed_boxes[0].tolist()} ends before it starts; boxes are xyxy (x1, y1, "
             f"x2, y2) in pixels: convert boxes given as (x, y, width, height)"
         )
-    return np.concatenate([boxes_xyxy[:, :2], sizes], axis=1)
+    boxes_xywh = np.concatenate([boxes_xyxy[:, :2], sizes], axis=1)
+    if "boxes_xywh" not in item:
+        return boxes_xywh
+    exact_xywh = _array(item["boxes_xywh"])
+    if exact_xywh.shape != boxes_xywh.shape:
+        raise ValueError(
+            f"{source}: boxes_xywh has the shape {exact_xywh.shape} and boxes {boxes_xywh.shape}; they must be the "
+            f"same boxes: where boxes are changed, leave boxes_xywh out"
+        )
+    _check_finite(exact_xywh, "boxes_xywh", source)
+    tolerances = _ROUNDING * np.abs(boxes_xyxy).max(axis=1, initial=1)
+    is_other = np.abs(exact_xywh - boxes_xywh).max(axis=1, initial=0) > tolerances
+    wrong = np.flatnonzero(is_other | (exact_xywh[:, 2:] < 0).any(axis=1))
+    if len(wrong):
+        given_xywh, given_xyxy = exact_xywh[wrong[0]].tolist(), boxes_xyxy[wrong[0]].tolist()
+        raise ValueError(
+            f"{source}: boxes_xywh has {given_xywh} where boxes has {given_xyxy}; "
+            f"they must be the same boxes, once as (x, y, width, height) and once as xyxy: where boxes are changed, "
+            f"leave boxes_xywh out"
+        )
+    return exact_xywh
 
 
 def _labels(item: Mapping[str, Any], num_boxes: int, class_names: Mapping[int, str], source: str) -> NDArray[np.int64]:
@@ -148,6 +170,15 @@ def _check_finite(values: NDArray[np.float64], key: str, source: str) -> None:
         raise ValueError(
             f"{source}: {key} holds {wrong[0]} ({wrong.size} of {values.size} values are not finite); every "
             f"value must be a number: did the training diverge?"
+        )
+
+
+def _check_areas(areas: NDArray[np.float64], source: str) -> None:
+    negative = areas[areas < 0]
+    if len(negative):
+        raise ValueError(
+            f"{source}: area holds {negative[0]:g} ({len(negative)} of {len(areas)} are negative); an area is a number "
+            f"of pixels² from 0: correct it, or leave area out for the boxes' own"
         )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+import resnest_det.evaluation.box_fusion as box_fusion
 from resnest_det.evaluation import non_maximum_suppression, weighted_boxes_fusion
 
 Found = dict[str, Tensor]
@@ -118,6 +120,70 @@ def test_suppression_equals_a_plain_loop(seed: int, kind: Any) -> None:
     given = random_detections(seed, 120, ties=True)
     kept = non_maximum_suppression(given["boxes"], given["scores"], given["labels"], threshold=0.6, overlap=kind)
     assert kept.tolist() == plain_suppression(given, 0.6, kind)
+
+
+def slow_suppression(given: Found, threshold: float, kind: str) -> list[int]:
+    """Each box beside all lower-scored ones of its class that are left, in float64."""
+    boxes, labels = given["boxes"].double().numpy(), given["labels"].numpy()
+    order = np.argsort(-given["scores"].double().numpy(), kind="stable")
+    kept: set[int] = set()
+    for label in np.unique(labels):
+        rest = order[labels[order] == label]
+        while len(rest):
+            best, rest = rest[0], rest[1:]
+            kept.add(int(best))
+            box, others = boxes[best], boxes[rest]
+            sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+            intersections = sides.clip(min=0).prod(axis=1)
+            area, areas = (box[2:] - box[:2]).prod(), (others[:, 2:] - others[:, :2]).prod(axis=1)
+            whole = areas if kind == "ios" else area + areas - intersections
+            overlaps = np.divide(intersections, whole, out=np.zeros_like(intersections), where=intersections > 0)
+            rest = rest[overlaps <= threshold]
+    return [position for position in order.tolist() if position in kept]
+
+
+def boxes_of_a_grid(seed: int, kind: str) -> Found:
+    """Boxes whose corners and overlaps are often equal, of every extent."""
+    generator = torch.Generator().manual_seed(seed)
+    corner, size = (torch.randint(end, (90, 2), generator=generator).double() for end in (14, 7))
+    boxes = torch.cat([corner, corner + size], dim=1)
+    if kind == "tenths":
+        boxes = 0.1 * boxes
+    elif kind == "float32":
+        boxes = (boxes / 3 - 1000).float()
+    elif kind == "far apart":
+        boxes[:45] += 1e9
+        boxes[0] = torch.tensor([-5e8, -5e8, 2e9, 2e9])
+    elif kind == "not finite":
+        boxes[0, 2], boxes[1, 0], boxes[2, 3] = torch.inf, -torch.inf, torch.nan
+    scores = torch.randint(1, 4, (90,), generator=generator).double()
+    return {"boxes": boxes, "labels": torch.randint(1, 3, (90,), generator=generator), "scores": scores}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("kind", ["whole", "tenths", "float32", "far apart", "not finite"])
+@pytest.mark.parametrize("overlap", ["iou", "ios"])
+def test_suppression_compares_near_boxes_alone_and_gives_the_same(overlap: Any, kind: str) -> None:
+    for seed in range(20):
+        given = boxes_of_a_grid(seed, kind)
+        for threshold in (0.0, 0.2, 1 / 3, 0.5, 1.0):
+            kept = non_maximum_suppression(
+                given["boxes"], given["scores"], given["labels"], threshold=threshold, overlap=overlap
+            )
+            assert kept.tolist() == slow_suppression(given, threshold, overlap)
+
+
+def test_a_class_of_many_boxes_is_compared_in_strips() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corner, size = 4000 * torch.rand(3000, 2, generator=generator), 5 + 40 * torch.rand(3000, 2, generator=generator)
+    boxes = torch.cat([corner, corner + size], dim=1).double()
+    boxes[-1] = torch.tensor([0.0, 0.0, 4000.0, 4000.0])
+    places, starts, ends = box_fusion._near_in_x(boxes.numpy())
+    assert len(places) < 3 * len(boxes)
+    assert np.median(ends - starts) < len(boxes) / 20
+    given = {"boxes": boxes, "labels": torch.ones(3000), "scores": torch.linspace(1, 0, 3000)}
+    kept = non_maximum_suppression(given["boxes"], given["scores"], given["labels"], overlap="ios")
+    assert kept.tolist() == slow_suppression(given, 0.5, "ios")
 
 
 def test_a_piece_is_dropped_for_the_whole_and_never_the_whole_for_a_piece() -> None:

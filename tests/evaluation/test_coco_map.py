@@ -510,6 +510,17 @@ def test_the_annotated_area_decides_the_size() -> None:
     assert (numbers["APs"], numbers["APm"]) == (pytest.approx(1.0), -1.0)
 
 
+def test_boxes_given_as_x_y_width_and_height_too_are_kept_to_the_last_bit() -> None:
+    boxes_xywh = torch.tensor([[100.3, 57.1, 32.0, 32.0]], dtype=torch.float64)
+    both = {"boxes": xyxy(boxes_xywh.tolist(), torch.float32), "boxes_xywh": boxes_xywh}
+    metric = animals()
+    metric.update([prediction_of(SQUARE) | both], [target_of(SQUARE) | both])
+    image = metric.images[7]
+    for kept in (image.true_boxes_xywh, image.found_boxes_xywh):
+        assert kept.tolist() == boxes_xywh.tolist()
+    assert image.true_areas.tolist() == [32.0**2]
+
+
 def test_half_precision_predictions_and_a_tensor_as_image_id() -> None:
     metric = animals()
     prediction = prediction_of(SQUARE)
@@ -754,6 +765,19 @@ def test_missing_masks() -> None:
         ({"boxes": torch.zeros(0)}, r"boxes has the shape \(0,\); it must be \(N, 4\), so \(0, 4\) without"),
         ({"boxes": torch.tensor([[0, 0, torch.nan, 9]])}, r"prediction for image 7: boxes holds nan"),
         ({"boxes": torch.tensor([[50, 60, 20, 90]])}, r"box \[50\.0, 60\.0, 20\.0, 90\.0\] ends before"),
+        (
+            {"boxes_xywh": torch.tensor([[10.0, 10, 50, 50.1]])},
+            r"boxes_xywh has \[10\.0, 10\.0, 50\.0, 50\.09.*\] where boxes has \[10\.0, 10\.0, 60\.0, 60\.0\]",
+        ),
+        (
+            {"boxes": torch.tensor([[1.0, 1, 1, 1]]), "boxes_xywh": torch.tensor([[1, 1, -1e-7, 0]])},
+            r"where boxes has \[1\.0, 1\.0, 1\.0, 1\.0\]; they must be the same boxes",
+        ),
+        (
+            {"boxes_xywh": torch.zeros(2, 4)},
+            r"boxes_xywh has the shape \(2, 4\) and boxes \(1, 4\); .* leave boxes_xywh",
+        ),
+        ({"boxes_xywh": torch.full((1, 4), torch.nan)}, r"prediction for image 7: boxes_xywh holds nan"),
     ],
 )
 def test_wrong_predictions(change: Json, message: str) -> None:
@@ -768,6 +792,10 @@ def test_wrong_predictions(change: Json, message: str) -> None:
         ({"boxes": torch.tensor([[0, 0, 5, -torch.inf]])}, r"target of image 7: boxes holds -inf"),
         ({"boxes": torch.tensor([[50, 60, 20, 90]])}, r"convert boxes given as \(x, y, width, height\)"),
         ({"area": torch.tensor([torch.nan])}, r"target of image 7: area holds nan"),
+        (
+            {"area": torch.tensor([-4.0])},
+            r"target of image 7: area holds -4 \(1 of 1 are negative\); .* leave area out",
+        ),
         ({"area": torch.tensor([1.0, 2.0])}, r"target of image 7: area has the shape \(2,\) beside 1 boxes"),
         ({"iscrowd": torch.zeros(3)}, r"target of image 7: iscrowd has the shape \(3,\) beside 1 boxes"),
         ({"image_id": "7.jpg"}, r"image_id is '7\.jpg'; it must be one int"),

@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 
 from resnest_det.data import read_coco_targets
 from resnest_det.evaluation import CocoMeanAveragePrecision, read_coco_results, write_coco_results
+from tests.benchmarks import coco_evaluation
 from tests.evaluation.test_coco_map import by_pycocotools, classes_of, metric_of, random_case
 
 HAS_HOTCOCO = importlib.util.find_spec("hotcoco") is not None
@@ -154,15 +155,109 @@ def test_predictions_of_every_image_in_the_file_s_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compressed", [True, False])
 def test_a_detection_without_a_box_gets_the_one_around_its_mask(compressed: bool, tmp_path: Path) -> None:
     masked = without("bbox", segmentation=segmentation(compressed))
-    (found, again) = (read(tmp_path, detection(), masked, masks=masks)[7] for masks in (False, False))
-    assert found["boxes"].tolist() == again["boxes"].tolist() == [[1.5, 2.0, 4.5, 4.25], [1.0, 1.0, 2.0, 4.0]]
+    for masks in (False, True):
+        found = read(tmp_path, detection(segmentation=segmentation(compressed)), masked, masks=masks)[7]
+        assert found["boxes"].tolist() == [[1.5, 2.0, 4.5, 4.25], [1.0, 1.0, 2.0, 4.0]]
+        assert found["boxes_xywh"].tolist() == [[1.5, 2.0, 3.0, 2.25], [1.0, 1.0, 1.0, 3.0]]
+        assert ("masks" in found) == masks
     found = read(tmp_path, masked, masks=True)
     assert found[7]["masks"] == [segmentation() | {"counts": segmentation()["counts"].encode()}]
     assert found[9]["masks"] == []
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_empty_box_is_none(masks: bool, tmp_path: Path) -> None:
+    empty = detection(bbox=[], segmentation=segmentation())
+    found = read(tmp_path, detection(segmentation=segmentation()), empty, masks=masks)[7]
+    assert found["boxes"].tolist() == [[1.5, 2.0, 4.5, 4.25], [1.0, 1.0, 2.0, 4.0]]
+    assert "bbox and segmentation are missing; one is needed (detection 0)" in refusal(tmp_path, detection(bbox=[]))
+    with pytest.warns(UserWarning, match="holds no detection"):
+        assert read_coco_results(written(tmp_path, []), image_ids=[], labels={}) == {}
+
+
+def test_ids_that_are_whole_floats(tmp_path: Path) -> None:
+    floats = detection(image_id=7.0, category_id=40.0, segmentation=segmentation())
+    found = read(tmp_path, detection(segmentation=segmentation()), floats, masks=True)[7]
+    assert found["labels"].tolist() == [2, 1]
+    assert found["masks"][0] == found["masks"][1]
+    message = refusal(tmp_path, floats, detection(image_id=7.5), detection(image_id=7.0, bbox=[1]))
+    assert "2 of 3 detections cannot be read" in message
+    assert "\n- detection 1: Expected `int`, got `float` - at `$.image_id`" in message
+    assert "\n- detection 2: Expected `array` of length 4" in message
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    file = written(tmp_path, [detection()])
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(read_coco_results(file, image_ids=[7], labels={90: 1})[7]["boxes"]) == 1
+
+
+def coco_files(folder: Path, boxes: list[list[float]], detections: list[Json]) -> tuple[Path, Path]:
+    """An annotation file with these objects of category 90 in image 7, and a file of results."""
+    annotations = [
+        {
+            "id": number,
+            "image_id": 7,
+            "category_id": 90,
+            "bbox": bbox,
+            "area": bbox[2] * bbox[3],
+            "iscrowd": 0,
+            "segmentation": segmentation(),
+        }
+        for number, bbox in enumerate(boxes, start=1)
+    ]
+    image = {"id": 7, "file_name": "7.png", "width": WIDTH, "height": HEIGHT}
+    categories = [{"id": 90, "name": "thing"}]
+    truth = folder / "truth.json"
+    truth.write_text(json.dumps({"images": [image], "annotations": annotations, "categories": categories}))
+    return truth, written(folder, detections)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_file_without_detections_scores_0(masks: bool, tmp_path: Path) -> None:
+    metric = CocoMeanAveragePrecision({1: "thing"}, masks=masks)
+    nothing: Json = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}
+    one: Json = {"image_id": 7, "boxes": torch.tensor([[1.0, 1, 3, 3]]), "labels": torch.tensor([1])}
+    metric.update([nothing | {"masks": []}], [one | {"masks": [segmentation()]}])
+    truth, found = coco_files(tmp_path, [[1, 1, 2, 2]], [])
+    write_coco_results(found, metric.results_json({1: 90}))
+    with pytest.warns(UserWarning, match=r"found\.json holds no detection, .* score threshold") as warned:
+        numbers = score(truth, found, masks=masks)
+    assert warned[0].filename == __file__
+    for prefix in ("", "mask_") if masks else ("",):
+        assert [numbers[prefix + name] for name in ("AP", "AP50", "APs", "AR100")] == [0.0] * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_on_a_border_are_those_of_the_file(backend: str, tmp_path: Path) -> None:
+    # 1024 pixels² are small and medium, but not where 132.3 - 100.3 is taken for the width of 32.
+    sizes = [(32, 32), (16, 64), (64, 16), (8, 128)]
+    boxes = [[100.3 + 200.1 * n, 57.1 + 33.7 * n, float(w), float(h)] for n, (w, h) in enumerate(sizes * 3)]
+    false = [[x + 5000.7, y, w, h] for x, y, w, h in boxes]
+    found = [detection(bbox=box, score=0.9 - 0.01 * n) for n, box in enumerate([*false, *boxes])]
+    truth, results = coco_files(tmp_path, boxes, found)
+    numbers, oracle = score(truth, results, masks=False, backend=backend), by_pycocotools(truth, results, "bbox")
+    assert [numbers[name] for name in NAMES] == pytest.approx(oracle.stats.tolist(), abs=1e-12)
+    ground_truth = read_coco_targets(truth)
+    predictions = read_coco_results(results, image_ids=[7], labels=ground_truth.labels)
+    assert ground_truth.targets[0]["boxes_xywh"].tolist() == boxes
+    assert predictions[7]["boxes_xywh"].tolist() == [*false, *boxes]
+    metric = CocoMeanAveragePrecision(ground_truth.class_names)
+    metric.update([predictions[7]], ground_truth.targets)
+    assert [one["bbox"] for one in metric.results_json({1: 90})] == [*false, *boxes]
+
+
 def test_segmentations_are_not_looked_at_without_masks(tmp_path: Path) -> None:
     assert len(read(tmp_path, detection(segmentation="nonsense"))[7]["boxes"]) == 1
+
+
+def test_the_benchmark_leaves_out_what_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert coco_evaluation.PACKAGES.keys() == coco_evaluation.WAYS.keys()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "faster_coco_eval" else name)
+    assert coco_evaluation.installed_ways() == [way for way in coco_evaluation.WAYS if way != "faster-coco-eval"]
+    assert capsys.readouterr().out == "faster-coco-eval is left out: faster_coco_eval is not installed\n\n"
 
 
 # --- mistakes
@@ -240,12 +335,25 @@ def test_numbers_that_json_does_not_have(number: str, key: str, tmp_path: Path) 
     assert "NaN and Infinity are no JSON numbers, although Python writes them" in message
 
 
+@pytest.mark.parametrize("start", ['{"info": ', '{"annotations": [', "[5, "])
+def test_annotations_nested_too_deeply(start: str, tmp_path: Path) -> None:
+    file = tmp_path / "truth.json"
+    file.write_text(start + "[" * 100_000)
+    if start == "[5, ":
+        message = r"truth\.json: Expected `object`, got `array` at its top"
+    else:
+        message = r"truth\.json nests lists or objects too deeply to be read"
+    with pytest.raises(ValueError, match=message):
+        read_coco_targets(file)
+
+
 def test_other_files(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     arguments: Json = {"image_ids": [7], "labels": {90: 1}}
     for text, message in (
         ("", r"found\.json is empty; it should be a file of results"),
-        ("[]", r"holds an empty list, so there is no detection to score; .* score threshold"),
+        ("[" * 100_000, r"found\.json nests lists or objects too deeply to be read"),
+        ("[5, " + "[" * 100_000, r"found\.json nests lists or objects too deeply to be read"),
         ('{"annotations": []}', r"Expected `array`, got `object` at its top \(an object with annotations is an"),
         ("[{", r"found\.json is cut off"),
         ("[1}", r"found\.json is broken JSON at byte 2, line 1"),

@@ -470,7 +470,12 @@ def test_the_docstring_example() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"short_sides": (32, 0)}, r"short_sides has 0; a side is a number of pixels from 1"),
+        ({"short_sides": (32, 0)}, r"short_sides has 0; a side is a whole number of pixels from 1"),
+        ({"short_sides": (640, 640.5)}, r"short_sides has 640\.5; a side is a whole number"),
+        ({"short_sides": 640}, r"short_sides=640 must be a sequence of sides, such as \(640,\)"),
+        ({"tile": 1.5}, r"tile=1\.5 is no whole number; give one from 1, or 0 to leave it out"),
+        ({"short_sides": (640,), "max_side": 800.0}, r"max_side=800\.0 is no whole number"),
+        ({"detections_per_image": "3"}, r"detections_per_image='3' is no whole number"),
         ({"max_side": -1}, r"max_side=-1 is negative; give a number from 1, or 0"),
         ({"tile": -2}, r"tile=-2 is negative"),
         ({"detections_per_image": -3}, r"detections_per_image=-3 is negative"),
@@ -538,6 +543,30 @@ def test_what_cannot_be_merged(options: dict[str, Any], model: BrightSpots) -> N
     answer = [{**model.find(torch.zeros(3, 8, 8)), "keypoints": torch.ones(0, 5, 3)}]
     with pytest.raises(ValueError, match=r"the model returns keypoints, which cannot be turned back, moved and merged"):
         DetectionInference(**options)(Answers(answer).eval(), [torch.zeros(3, 8, 8)])
+
+
+@pytest.mark.parametrize("options", [{"flip": True}, {"flip": True, "merge": "wbf"}, {"tile": 8}])
+@pytest.mark.parametrize(
+    ("masks", "came"),
+    [
+        ([{"size": [8, 8], "counts": "P2"}], "of the type list beside 1 boxes"),
+        (None, "of the type NoneType beside 1 boxes"),
+        (torch.zeros(1, 8, 8), r"of the shape \(1, 8, 8\) beside 1 boxes"),
+        (torch.zeros(1, 2, 8, 8), r"of the shape \(1, 2, 8, 8\) beside 1 boxes"),
+        (torch.zeros(3, 1, 8, 8), r"of the shape \(3, 1, 8, 8\) beside 1 boxes"),
+    ],
+)
+def test_masks_of_another_form_cannot_be_merged(masks: Any, came: str, options: dict[str, Any]) -> None:
+    box = {"boxes": torch.tensor([[1.0, 1, 3, 3]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.5])}
+    model, image = Answers([{**box, "masks": masks}]).eval(), torch.zeros(3, 8, 8)
+    with pytest.raises(ValueError, match=rf"the model returns masks {came}, and only a tensor of \(M, 1, H, W\)"):
+        DetectionInference(**options)(model, [image])
+    assert DetectionInference()(model, [image])[0]["masks"] is masks
+
+
+def test_whole_numbers_of_numpy_are_sides() -> None:
+    predict = DetectionInference(short_sides=np.array([32, 64]), tile=np.int64(8))
+    assert (predict.short_sides, predict.tile) == ((32, 64), 8)
 
 
 def test_masks_are_not_fused() -> None:
