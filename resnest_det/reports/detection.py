@@ -46,7 +46,7 @@ def write_detection_report(
             {name: effect.delta_ap for name, effect in breakdown.main.items()},
             {name: effect.delta_ap for name, effect in breakdown.special.items()},
             average_precision=breakdown.AP,
-            title=f"{kind}, AP at IoU {breakdown.foreground_iou:g}: {breakdown.AP:.3f}",
+            title=f"{kind}, IoU from {breakdown.foreground_iou:g}",
         ),
         "precision_recall": draw_precision_recall(
             curves.recalls, curves.precisions[0], curves.class_names, title=f"{kind}, IoU from 0.5"
