@@ -192,8 +192,8 @@ def evaluate_only(command: Command[DetectionSettings], checkpoint: Path, device:
     if rank() == 0:
         tables = class_tables(metric, masks)
         picture = write_evaluation(settings, file, val_set.annotation_file.stem, results, tables)
-        report(metric, val_set, picture.parent, masks=masks, suffix=picture.stem.removeprefix("predictions"))
         save_picture(draw(model, inference, val_set, settings.run.num_pictures, device), picture)
+        report(metric, val_set, picture.parent, masks=masks, suffix=picture.stem.removeprefix("predictions"))
 
 
 def class_tables(metric: CocoMeanAveragePrecision, masks: bool) -> dict[str, list[ClassAveragePrecision]]:
