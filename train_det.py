@@ -33,7 +33,6 @@ from resnest_det.data import CocoDetection, eval_loader, once_per_machine, train
 from resnest_det.distributed import describe_processes, images_to_device, rank
 from resnest_det.engine import autocast, check_class_names, fit, seed_random_numbers, unsharded
 from resnest_det.evaluation import (
-    ClassAveragePrecision,
     CocoMeanAveragePrecision,
     DetectionInference,
     evaluate,
@@ -57,7 +56,7 @@ from resnest_det.experiment import (
     write_evaluation,
     write_results,
 )
-from resnest_det.reports import write_detection_report
+from resnest_det.reports import class_tables, write_detection_report
 from resnest_det.visualize import compare_detections
 
 REPOSITORY = Path(__file__).parent
@@ -167,7 +166,7 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
         if rank() == 0:
             write_curves(folder)
             save_picture(sheet, folder / "predictions.png")
-            written = write_results(folder / "results.json", settings.eval, results, class_tables(metric, masks))
+            written = write_results(folder / "results.json", settings.eval, results, class_tables(metric, masks=masks))
             report(metric, val_set, folder, masks=masks, suffix=written.stem.removeprefix("results"))
 
 
@@ -190,15 +189,10 @@ def evaluate_only(command: Command[DetectionSettings], checkpoint: Path, device:
     print(metric.table())
     report_skipped(val_set)
     if rank() == 0:
-        tables = class_tables(metric, masks)
+        tables = class_tables(metric, masks=masks)
         picture = write_evaluation(settings, file, val_set.annotation_file.stem, results, tables)
         save_picture(draw(model, inference, val_set, settings.run.num_pictures, device), picture)
         report(metric, val_set, picture.parent, masks=masks, suffix=picture.stem.removeprefix("predictions"))
-
-
-def class_tables(metric: CocoMeanAveragePrecision, masks: bool) -> dict[str, list[ClassAveragePrecision]]:
-    """Each class's results for boxes, and for masks where they are measured."""
-    return {"classes": metric.per_class()} | ({"mask_classes": metric.per_class(masks=True)} if masks else {})
 
 
 def report(

@@ -27,7 +27,7 @@ from resnest_det.classify import (
 from resnest_det.data.coco import read_coco_targets
 from resnest_det.data.sample import ensure_sample_dataset, read_sample_summary
 from resnest_det.evaluation import CocoMeanAveragePrecision, error_breakdown, read_coco_results
-from resnest_det.reports import write_detection_report
+from resnest_det.reports import class_tables, write_detection_report
 
 if TYPE_CHECKING:
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -215,7 +215,6 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
             f"{arguments.annotations} has no object to find; give annotations with other than crowd regions"
         )
     print(metric.table())
-    classes = {"classes": metric.per_class()} | ({"mask_classes": metric.per_class(masks=True)} if masks else {})
     if output:
         settings = {
             "annotations": arguments.annotations,
@@ -224,7 +223,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
             "max_detections": metric.max_detections,
             "area_ranges": arguments.area_ranges,
         }
-        tables = {name: [asdict(row) for row in rows] for name, rows in classes.items()}
+        tables = {name: [asdict(row) for row in rows] for name, rows in class_tables(metric, masks=masks).items()}
         content = {"results": numbers, "settings": settings} | tables
         (output / "results.json").write_text(json.dumps(content, indent=2) + "\n")
     for of_masks in (False, True) if masks else (False,):

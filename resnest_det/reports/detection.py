@@ -8,8 +8,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from resnest_det.evaluation import CocoMeanAveragePrecision, confusion_matrix, error_breakdown, precision_recall
+from resnest_det.evaluation import (
+    ClassAveragePrecision,
+    CocoMeanAveragePrecision,
+    confusion_matrix,
+    error_breakdown,
+    precision_recall,
+)
 from resnest_det.visualize import draw_confusion_matrix, draw_error_breakdown, draw_precision_recall
+
+
+def class_tables(metric: CocoMeanAveragePrecision, *, masks: bool) -> dict[str, list[ClassAveragePrecision]]:
+    """Each class's results by the name that files of results give them: "classes", and of masks "mask_classes"."""
+    return {"classes": metric.per_class()} | ({"mask_classes": metric.per_class(masks=True)} if masks else {})
 
 
 def write_detection_report(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from resnest_det.visualize.pictures import Picture
+from resnest_det.visualize.pictures import DISTINCT_COLOURS, Picture, rendered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,9 +18,7 @@ Records = Sequence[Mapping[str, Any]]
 Numbers = npt.NDArray[np.float64]
 
 _NOT_A_RESULT = ("kind", "epoch", "step", "seconds")
-_COLOURS = (  # of Okabe and Ito, told apart with any colour vision; then the same dashed
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
-)  # fmt: skip
+_COLOURS = (*DISTINCT_COLOURS, "#000000")  # then the same dashed
 _STYLES = ("-", "--", ":")
 _SMOOTHED_FROM = 50  # points; a loss of more is drawn as a running median over a fiftieth of them
 _SMOOTHED_PLACES = 500
@@ -44,8 +42,7 @@ def draw_curves(records: Records) -> Picture:
     Raises:
         ValueError: there is no record of training or evaluation.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second, which no other picture needs
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes half a second, which pictures without axes do not need
     from matplotlib.ticker import MaxNLocator
 
     trains = sorted((record for record in records if record["kind"] == "train"), key=lambda record: record["step"])
@@ -65,7 +62,6 @@ def draw_curves(records: Records) -> Picture:
         panels.append((1.5, _draw_rate, trains))
     heights = [height for height, _, _ in panels]
     figure = Figure(figsize=(10, sum(heights) + 0.6), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (_, draw, rows) in zip(grid, panels, strict=True):
         draw(axes, rows)
@@ -76,8 +72,7 @@ def draw_curves(records: Records) -> Picture:
     grid[-1].set_xlim(0, 1.02 * max(last, 1e-6))
     grid[-1].xaxis.set_major_locator(MaxNLocator(nbins=10, integer=last >= 2))
     grid[-1].set_xlabel("epoch")
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return rendered(figure)
 
 
 def _draw_losses(axes: Axes, trains: Records) -> None:

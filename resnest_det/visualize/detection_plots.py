@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, ParamSpec
 import numpy as np
 import numpy.typing as npt
 
-from resnest_det.visualize.pictures import Array, Picture, as_array
+from resnest_det.visualize.pictures import DISTINCT_COLOURS, Array, Picture, as_array, rendered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
 
-_COLOURS = (  # of Okabe and Ito, told apart with any colour vision
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
-)  # fmt: skip
 _BEHIND = "#9A9A9A"
 _MEAN = "#000000"
 _DPI = 110
@@ -78,10 +75,10 @@ def draw_precision_recall(
 
     figure = _new_figure(9.0, 5.6)
     axes = figure.add_subplot()
-    few = len(curves) <= len(_COLOURS)
+    few = len(curves) <= len(DISTINCT_COLOURS)
     for index, (name, curve) in enumerate(zip(names, curves, strict=True)):
         if few:
-            axes.plot(recalls, curve, color=_COLOURS[index], linewidth=1.6, label=f"{name}  {curve.mean():.3f}")
+            axes.plot(recalls, curve, color=DISTINCT_COLOURS[index], linewidth=1.6, label=f"{name}  {curve.mean():.3f}")
         else:
             label = f"each of {len(curves)} classes" if index == 0 else None
             axes.plot(recalls, curve, color=_BEHIND, linewidth=0.7, alpha=0.6, label=label)
@@ -97,7 +94,7 @@ def draw_precision_recall(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, title="average precision", alignment="left")
-    return _rendered(figure)
+    return rendered(figure)
 
 
 @_as_written
@@ -174,7 +171,7 @@ def draw_confusion_matrix(
     ticks = (0, 1, 5, 10, 25, 50, 100)
     bar.set_ticks([math.sqrt(tick) for tick in ticks], labels=[str(tick) for tick in ticks])
     bar.set_label("percent of the row")
-    return _rendered(figure)
+    return rendered(figure)
 
 
 def draw_error_breakdown(
@@ -202,7 +199,7 @@ def draw_error_breakdown(
                 raise ValueError(f"{argument} has {value} for {name!r}, expected a finite number")
     figure = _new_figure(8.0, 0.42 * (len(main) + len(special)) + 2.1)
     panels = figure.subplots(2, 1, gridspec_kw={"height_ratios": [len(main), len(special)]})
-    for axes, values, colour in zip(panels, (main, special), (_COLOURS[0], _COLOURS[1]), strict=True):
+    for axes, values, colour in zip(panels, (main, special), (DISTINCT_COLOURS[0], DISTINCT_COLOURS[1]), strict=True):
         numbers = list(values.values())
         bars = axes.barh(range(len(values)), numbers, color=colour, height=0.7)
         axes.set_yticks(range(len(values)), [_shortened(name) for name in values])
@@ -215,7 +212,7 @@ def draw_error_breakdown(
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_title(f"{title}\n" * bool(title) + f"AP {average_precision:.3f}, and what each kind of error costs")
     panels[1].set_xlabel("rise in AP without the error")
-    return _rendered(figure)
+    return rendered(figure)
 
 
 def _most_mistaken(
@@ -244,11 +241,3 @@ def _new_figure(width: float, height: float) -> Figure:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     return Figure(figsize=(width, height), dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-
-
-def _rendered(figure: Figure) -> Picture:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 Array = Tensor | npt.NDArray[Any]
@@ -23,6 +26,9 @@ SHEET_TITLE_SIZE = 20  # pixels
 
 _READABLE_SIDE = 480  # pixels; an image with a shorter long side is enlarged
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+# Of Okabe and Ito, told apart with any colour vision.
+DISTINCT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def class_colour(label: int) -> Colour:
@@ -140,3 +146,12 @@ def class_name(label: int, class_names: Mapping[int, str]) -> str:
         known = ", ".join(f"{key} {name}" for key, name in list(class_names.items())[:10])
         raise ValueError(f"label {label} has no name in class_names, which begins: {known}; add it")
     return class_names[label]
+
+
+def rendered(figure: Figure) -> Picture:
+    """matplotlib's figure as a picture (H, W, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
