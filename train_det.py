@@ -28,7 +28,7 @@ from resnest_det.build import (
     build_repeat_factors,
     check_batch_size,
 )
-from resnest_det.config import Command, DetectionSettings
+from resnest_det.config import Command, DetectionSettings, settings_as_data
 from resnest_det.data import CocoDetection, eval_loader, once_per_machine, train_loader
 from resnest_det.distributed import describe_processes, images_to_device, rank
 from resnest_det.engine import autocast, check_class_names, fit, seed_random_numbers, unsharded
@@ -62,12 +62,12 @@ from resnest_det.visualize import compare_detections
 REPOSITORY = Path(__file__).parent
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], *, prog: str = "train_det.py") -> int:
     """Run the script; 0, or 2 after a mistake of the user's, which is printed."""
     return run_script(
         DetectionSettings,
         argv,
-        prog="train_det.py",
+        prog=prog,
         description="Train a detector, evaluate it, and draw what it finds.",
         default_config=REPOSITORY / "configs" / "det" / "sample.toml",
         train=train,
@@ -152,7 +152,7 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
             checkpoint_minutes=settings.run.checkpoint_minutes,
             keep_last=settings.run.keep_last,
             resume_from=checkpoint,
-            extra={"class_names": train_set.class_names},
+            extra={"class_names": train_set.class_names, "settings": settings_as_data(settings)},
         )
 
         epoch = load_best(model, folder)

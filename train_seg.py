@@ -27,7 +27,7 @@ from resnest_det.build import (
     check_batch_size,
     class_colours,
 )
-from resnest_det.config import Command, SegmentationSettings
+from resnest_det.config import Command, SegmentationSettings, settings_as_data
 from resnest_det.data import MaskFolder, eval_loader, once_per_machine, train_loader
 from resnest_det.distributed import describe_processes, images_to_device, rank
 from resnest_det.engine import autocast, check_class_names, fit, seed_random_numbers, unsharded
@@ -55,12 +55,12 @@ from resnest_det.visualize import compare_segmentations
 REPOSITORY = Path(__file__).parent
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], *, prog: str = "train_seg.py") -> int:
     """Run the script; 0, or 2 after a mistake of the user's, which is printed."""
     return run_script(
         SegmentationSettings,
         argv,
-        prog="train_seg.py",
+        prog=prog,
         description="Train a segmentation model, evaluate it, and draw what it sees.",
         default_config=REPOSITORY / "configs" / "seg" / "sample.toml",
         train=train,
@@ -138,7 +138,7 @@ def train(command: Command[SegmentationSettings], device: torch.device) -> None:
             checkpoint_minutes=settings.run.checkpoint_minutes,
             keep_last=settings.run.keep_last,
             resume_from=checkpoint,
-            extra={"class_names": train_set.class_names},
+            extra={"class_names": train_set.class_names, "settings": settings_as_data(settings)},
         )
 
         epoch = load_best(model, folder)

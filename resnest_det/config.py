@@ -16,7 +16,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
 
@@ -850,10 +850,10 @@ def parse_command_line(
 ) -> Command[S]:
     """What the command line of a training script asks for.
 
-    The arguments are, in any order, at most one config file (ending in .toml), any number of `key=value` overrides, and
-    the flags `--print-config` (prints the resolved settings as TOML and exits), `--resume RUN_FOLDER`,
-    `--eval-only CHECKPOINT_OR_RUN_FOLDER`, `--init CHECKPOINT` (short for `model.init=CHECKPOINT`), `--deterministic`
-    (short for `run.deterministic=true`), `--profile` and `-h`.
+    The arguments are, in any order, at most one config file (ending in .toml, or the name of one beside
+    `default_config`), any number of `key=value` overrides, and the flags `--print-config` (prints the resolved settings
+    as TOML and exits), `--resume RUN_FOLDER`, `--eval-only CHECKPOINT_OR_RUN_FOLDER`, `--init CHECKPOINT` (short for
+    `model.init=CHECKPOINT`), `--deterministic` (short for `run.deterministic=true`), `--profile` and `-h`.
 
     `--resume` reads the run folder's config.toml. A config file or overrides beside it must lead to the same settings,
     save for `KEYS_FREE_ON_RESUME`, whose given values hold; `run.dir` is the resumed folder. `--eval-only` without a
@@ -865,12 +865,14 @@ def parse_command_line(
         argv: the arguments without the script's name.
         prog: the script's name, for `-h`.
         description: what the script does, for `-h`.
-        default_config: the config file used where neither one nor a run is named.
+        default_config: the config file used where neither one nor a run is named; others in its folder are found by
+            their names.
 
     Raises:
         SettingsError: the arguments or the settings are mistaken.
         SystemExit: status 0, after `-h` or `--print-config`.
     """
+    shipped = Path(default_config).parent
     parser = _ArgumentParser(
         prog=prog,
         description=description,
@@ -880,8 +882,9 @@ def parse_command_line(
     parser.add_argument(
         "arguments",
         nargs="*",
-        metavar="CONFIG.toml | KEY=VALUE",
-        help=f"a config file (default: {default_config}) and overrides such as optim.lr=0.01",
+        metavar="CONFIG | KEY=VALUE",
+        help=f"a config file, or the name of one in {shipped} (default: {default_config}), and overrides such as "
+        f"optim.lr=0.01",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as TOML and exit")
     parser.add_argument("--resume", type=Path, metavar="RUN_FOLDER", help="continue the run of this folder")
@@ -895,8 +898,9 @@ def parse_command_line(
     parsed = parser.parse_intermixed_args(argv)
     resume: Path | None = parsed.resume
     eval_only: Path | None = parsed.eval_only
-    configs = [Path(argument) for argument in parsed.arguments if _names_config_file(argument)]
-    overrides = [argument for argument in parsed.arguments if not _names_config_file(argument)]
+    found = {argument: _find_config(argument, shipped_configs(shipped)) for argument in parsed.arguments}
+    configs = [path for path in found.values() if path]
+    overrides = [argument for argument in parsed.arguments if not found[argument]]
     if parsed.deterministic:
         overrides.append("run.deterministic=true")
     if parsed.init:
@@ -958,6 +962,39 @@ def write_settings(settings: ExperimentSettings, path: str | Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def settings_as_data(settings: ExperimentSettings) -> dict[str, Any]:
+    """Settings as plain dicts, lists, strings, numbers and booleans, for a checkpoint; `settings_from_data` reads them.
+
+    What is None is left out.
+    """
+    return settings.model_dump(mode="json", exclude_none=True)
+
+
+def settings_from_data(content: Mapping[str, Any], source: str) -> DetectionSettings | SegmentationSettings:
+    """The settings of which `settings_as_data` made `content`, or which a run's config.toml holds.
+
+    Args:
+        content: tables of settings. `model.detector` or `model.segmenter` says of which kind they are.
+        source: where they are from, for messages.
+
+    Raises:
+        SettingsError: they are of neither kind, or mistaken, such as those of another version.
+    """
+    model = content.get("model")
+    kinds: dict[str, type[DetectionSettings | SegmentationSettings]]
+    kinds = {"detector": DetectionSettings, "segmenter": SegmentationSettings}
+    for key, cls in kinds.items():
+        if isinstance(model, Mapping) and key in model:
+            try:
+                return cls.model_validate(content)
+            except ValidationError as error:
+                sources = [(name, source) for name, _ in _flatten(content)]
+                mistakes = _explain(error, content, _describe_keys(cls), sources)
+                lines = "".join(f"\n  {mistake}" for mistake in mistakes)
+                raise SettingsError(f"the settings in {source} do not fit this version:{lines}") from None
+    raise SettingsError(f"the settings in {source} name neither a model.detector nor a model.segmenter")
 
 
 def settings_table(model: type[Section]) -> str:
@@ -1079,9 +1116,20 @@ class _ArgumentParser(argparse.ArgumentParser):
         raise SettingsError(f"{message} (see {self.prog} -h)")
 
 
-def _names_config_file(argument: str) -> bool:
-    """Whether a positional argument is a config file: it ends in .toml and does not begin with `key=`."""
-    return argument.endswith(".toml") and not re.match(r"[\w.\s]*=", argument)
+def shipped_configs(folder: Path) -> dict[str, Path]:
+    """The config files of a folder by their names, in alphabetical order."""
+    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
+def _find_config(argument: str, shipped: Mapping[str, Path]) -> Path | None:
+    """The config file that a positional argument names, by its path or by its name in `shipped`; None if it is none."""
+    if re.match(r"[\w.\s]*=", argument):
+        return None
+    if argument.endswith(".toml"):
+        return Path(argument)
+    if argument not in shipped and (near := get_close_matches(argument, shipped, 1)):
+        raise SettingsError(f"there is no shipped experiment {argument!r}; did you mean {near[0]}?")
+    return shipped.get(argument)
 
 
 def with_run_folder(settings: S, folder: str) -> S:

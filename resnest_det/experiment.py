@@ -84,7 +84,7 @@ def run_script(
     Args:
         cls: the script's settings.
         argv: the arguments without the script's name, see `config.parse_command_line`.
-        prog: the script's name.
+        prog: what it is called as: the script's name, or the words of the command that runs it.
         description: what the script does, for `-h`.
         default_config: the configuration used where none is named.
         train: what the script does; it is given the command and this process's device.
@@ -113,7 +113,8 @@ def run_script(
                     print(f"stopped by {interrupted}; there is nothing to resume", file=sys.stderr)
                     return 130
                 launcher = f"torchrun --nproc-per-node {local_world_size()}" if world_size() > 1 else "python"
-                command_line = f"{launcher} {prog} --resume {folder}"
+                called = prog if prog.endswith(".py") else f"-m {prog.replace('resnest-det', 'resnest_det')}"
+                command_line = f"{launcher} {called} --resume {folder}"
                 print(f"stopped by {interrupted}; all of it is saved. To go on: {command_line}", flush=True)
     except (ValueError, OSError, FloatingPointError) as error:
         process = os.environ.get("RANK", "0")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import sys
 from importlib.metadata import version
@@ -17,6 +18,9 @@ from pycocotools import mask as coco_mask
 from resnest_det import create_backbone
 from resnest_det.cli import main
 from resnest_det.data.sample import read_sample_summary
+from tests.tiny_configs import REPOSITORY
+
+CONFIGS = REPOSITORY / "configs"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +196,7 @@ def test_classify_opens_the_output_before_the_work(
 ) -> None:
     output = tmp_path / "out.csv"
     output.symlink_to(tmp_path / "no such folder" / "out.csv")
-    monkeypatch.setattr("resnest_det.cli.classify_files", lambda *args, **kwargs: pytest.fail("too early"))
+    monkeypatch.setattr("resnest_det.cli.classify.classify_files", lambda *args, **kwargs: pytest.fail("too early"))
     command = ["classify", str(pictures), "--backbone", "resnet18", "--weights", weights]
     assert main([*command, "--output", str(output)]) == 2
     assert f"No such file or directory: '{output}'" in capsys.readouterr().err
@@ -350,3 +354,37 @@ def test_evaluate_never_replaces_what_it_reads(
     assert main(["evaluate", "--annotations", files[0], "--results", files[1], "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: --output {tmp_path} would replace {files[given]}; name another folder\n"
     assert Path(files[given]).read_bytes() == before
+
+
+def test_configs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs"]) == 0
+    listed = capsys.readouterr().out
+    assert re.search(r"^det/bccd +\S.*blood", listed, re.MULTILINE | re.IGNORECASE)
+    assert len(listed.splitlines()) == len(list(CONFIGS.glob("*/*.toml")))
+    for name in ("bccd", "det/bccd"):
+        assert main(["configs", name]) == 0
+        assert (CONFIGS / "det" / "bccd.toml").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bcd", "bcd is not one of the experiments: det/bccd, "),
+        ("sample", "sample is in det and in seg; name det/sample"),
+    ],
+)
+def test_mistaken_name_of_a_configuration(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs", name]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_training_commands_are_the_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train-det", "bccd", "data.root=cells", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert 'root = "cells"' in printed
+    assert 'dir = "runs/bccd"' in printed
+    assert main(["train-seg", "deeplabv3plus_resnest5"]) == 2
+    assert "did you mean deeplabv3plus_resnest50?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train-det", "-h"])
+    assert "usage: resnest-det train-det" in capsys.readouterr().out

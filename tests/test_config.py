@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from pydantic import BaseModel, ValidationError
 
 from resnest_det.config import (
@@ -25,6 +28,8 @@ from resnest_det.config import (
     ineffective_settings,
     load_settings,
     parse_command_line,
+    settings_as_data,
+    settings_from_data,
     settings_table,
     write_settings,
 )
@@ -938,3 +943,41 @@ def test_the_flag_for_fine_tuning_is_a_setting(parse: Callable[..., Command], co
 def test_scale_jitter_is_two_rising_factors(value: str, config: Path) -> None:
     with pytest.raises(SettingsError, match=r"data.scale_jitter = .*must be two factors, the smaller one first"):
         load(config, f"data.scale_jitter={value}")
+
+
+def test_config_by_name(parse: Callable[..., Command], config: Path) -> None:
+    other = config.with_name("other.toml")
+    other.write_text('[data]\nroot = "elsewhere"\n')
+    command = parse("other", "optim.lr=0.5")
+    assert command.config_path == other
+    assert (command.settings.data.root, command.settings.optim.lr) == ("elsewhere", 0.5)
+    assert command.settings.run.dir == "runs/other"
+    with pytest.raises(SettingsError, match="there is no shipped experiment 'othr'; did you mean other"):
+        parse("othr")
+
+
+@pytest.mark.parametrize("cls", [DetectionSettings, SegmentationSettings])
+def test_settings_as_data(cls: type[DetectionSettings | SegmentationSettings], config: Path) -> None:
+    """They survive a checkpoint, which holds plain data only."""
+    settings = load_settings(cls, config, ["optim.epochs=7"])
+    file = io.BytesIO()
+    torch.save(settings_as_data(settings), file)
+    file.seek(0)
+    assert settings_from_data(torch.load(file, weights_only=True), "last.pt") == settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {}}, "the settings in last.pt name neither a model.detector nor a model.segmenter"),
+        (
+            {"eval": {"evry": 1}},
+            r"the settings in last.pt do not fit this version:\n  eval.evry \(last.pt\) .* mean eval.every",
+        ),
+        ({"optim": {"epochs": 0}}, r"optim.epochs = 0 \(last.pt\): must be"),
+    ],
+)
+def test_mistaken_settings_in_data(config: Path, change: dict[str, Any], message: str) -> None:
+    content = settings_as_data(load_settings(DetectionSettings, config)) | change
+    with pytest.raises(SettingsError, match=message):
+        settings_from_data(content, "last.pt")

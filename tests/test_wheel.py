@@ -1,0 +1,80 @@
+"""The built wheel, unpacked away from the source tree: it trains, and finds what it ships."""
+
+from __future__ import annotations
+
+import email
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from resnest_det.data import write_sample_dataset
+from tests.tiny_configs import REPOSITORY, write_detection_config, write_segmentation_config
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the unpacked wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def run(site: Path, cwd: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """`resnest-det` with the words, of the unpacked wheel, from a folder that is not the source tree."""
+    environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "resnest_det", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_contents(site: Path) -> None:
+    shipped = site / "resnest_det" / "shipped"
+    for file in ("train_det.py", "train_seg.py", *(f"configs/{name}" for name in configs(REPOSITORY / "configs"))):
+        assert (shipped / file).read_text() == (REPOSITORY / file).read_text()
+    assert configs(shipped / "configs") == configs(REPOSITORY / "configs")
+    assert (site / "resnest_det" / "py.typed").exists()
+    assert sorted(path.name for path in site.iterdir() if path.suffix != ".dist-info") == ["resnest_det"]
+    (information,) = site.glob("*.dist-info")
+    metadata = email.message_from_string((information / "METADATA").read_text())
+    assert {"tensorboard", "hotcoco"} <= set(metadata.get_all("Provides-Extra", []))
+    assert "resnest-det = resnest_det.cli:main" in (information / "entry_points.txt").read_text()
+
+
+def configs(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*.toml")}
+
+
+def test_configurations_by_name(site: Path, tmp_path: Path) -> None:
+    listed = run(site, tmp_path, "configs")
+    assert listed.returncode == 0, listed.stderr
+    assert "det/faster_rcnn_resnest50_1x" in listed.stdout
+    shown = run(site, tmp_path, "configs", "faster_rcnn_resnest50_1x")
+    assert shown.stdout.startswith(f"# {site}")
+    settings = run(site, tmp_path, "train-det", "faster_rcnn_resnest50_1x", "data.root=coco", "--print-config")
+    assert 'backbone = "resnest50"' in settings.stdout
+    assert 'dir = "runs/faster_rcnn_resnest50_1x"' in settings.stdout
+
+
+def test_training(site: Path, tmp_path: Path) -> None:
+    sample = tmp_path / "sample"
+    write_sample_dataset(sample, num_train=8, num_val=4)
+    detection = write_detection_config(tmp_path / "det.toml", sample=sample, run=tmp_path / "det")
+    done = run(site, tmp_path, "train-det", detection, "optim.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "det" / "best.pt").exists()
+    again = run(site, tmp_path, "train-det", "--eval-only", "det")
+    assert again.returncode == 0, again.stderr
+    segmentation = write_segmentation_config(tmp_path / "seg.toml", sample=sample / "ade20k", run=tmp_path / "seg")
+    done = run(site, tmp_path, "train-seg", segmentation, "optim.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seg" / "best.pt").exists()
+    mistaken = run(site, tmp_path, "train-seg", segmentation, "optim.epoch=1")
+    assert mistaken.returncode == 2
+    assert "did you mean optim.epochs?" in mistaken.stderr
