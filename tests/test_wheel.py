@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from resnest_det.data import write_sample_dataset
+from resnest_det.data.sample import write_sample_dataset
 from tests.tiny_configs import REPOSITORY, write_detection_config, write_segmentation_config
 
 
@@ -66,13 +66,13 @@ def test_training(site: Path, tmp_path: Path) -> None:
     sample = tmp_path / "sample"
     write_sample_dataset(sample, num_train=8, num_val=4)
     detection = write_detection_config(tmp_path / "det.toml", sample=sample, run=tmp_path / "det")
-    done = run(site, tmp_path, "train-det", detection, "optim.epochs=1")
+    done = run(site, tmp_path, "train-det", detection, "optim.epochs=1", "optim.warmup_steps=1")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "det" / "best.pt").exists()
     again = run(site, tmp_path, "train-det", "--eval-only", "det")
     assert again.returncode == 0, again.stderr
     segmentation = write_segmentation_config(tmp_path / "seg.toml", sample=sample / "ade20k", run=tmp_path / "seg")
-    done = run(site, tmp_path, "train-seg", segmentation, "optim.epochs=1")
+    done = run(site, tmp_path, "train-seg", segmentation, "optim.epochs=1", "optim.warmup_steps=1")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "seg" / "best.pt").exists()
     mistaken = run(site, tmp_path, "train-seg", segmentation, "optim.epoch=1")
