@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -389,3 +390,13 @@ def test_training_commands_are_the_scripts(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         main(["train-det", "-h"])
     assert "usage: resnest-det train-det" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_enough() -> None:
+    """As in `resnest-det configs | head -1`."""
+    command = [sys.executable, "-m", "resnest_det", "configs"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+    assert process.returncode == 0
