@@ -30,7 +30,6 @@ from resnest_det.backbones.published import Preprocessing, list_weights
 from resnest_det.backbones.weight_files import find_file
 from resnest_det.backbones.weights import load_backbone_weights, read_state_dict
 from resnest_det.data.files import UnreadableImageError, describe_near, read_rgb
-from resnest_det.data.mask_folder import IMAGE_SUFFIXES
 from resnest_det.distributed import images_to_device, select_device
 
 IMAGENET_CLASS_NAMES: tuple[str, ...] = tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
@@ -241,40 +240,6 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
             f"{path}, line {names.index('') + 1} is empty; every line names a class, in the order of the outputs"
         )
     return names
-
-
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that are named, and the images in the folders that are named, each once.
-
-    Args:
-        paths: files, of any suffix, and folders. Folders are searched with their sub-folders, in the order of the
-            files' paths; hidden files and folders, and files with other suffixes than pictures have, are left alone.
-
-    Raises:
-        FileNotFoundError: nothing is at a path, or a folder holds no images.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = _images_below(path)
-            if not inside:
-                raise FileNotFoundError(f"{path} holds no images; they end in {', '.join(IMAGE_SUFFIXES)}")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise FileNotFoundError(f"there is no image or folder {path}; {describe_near(path, path.suffix)}")
-    return list(dict.fromkeys(found))
-
-
-def _images_below(folder: Path) -> list[Path]:
-    images = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images += [
-            Path(parent, name) for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
-    return sorted(images)
 
 
 def classify_files(

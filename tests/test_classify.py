@@ -29,7 +29,6 @@ from resnest_det.classify import (
     Classifier,
     Prediction,
     classify_files,
-    find_images,
     find_preprocessing,
     format_predictions,
     load_classifier,
@@ -298,22 +297,6 @@ def test_missing_class_names(tmp_path: Path) -> None:
     (tmp_path / "other.txt").touch()
     with pytest.raises(FileNotFoundError, match=r"names\.txt do not exist; .* holds the \.txt files other\.txt"):
         read_class_names(tmp_path / "names.txt")
-
-
-def test_images_of_files_and_folders(tmp_path: Path) -> None:
-    for name in ("b/2.PNG", "b/1.jpg", "a/3.webp", "a/notes.txt", ".hidden/4.png", "b/.5.png", "z.dat"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = find_images([tmp_path / "z.dat", tmp_path, str(tmp_path / "b")])
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["z.dat", "a/3.webp", "b/1.jpg", "b/2.PNG"]
-
-
-def test_no_images(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").touch()
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no images; they end in .jpg"):
-        find_images([tmp_path])
-    with pytest.raises(FileNotFoundError, match=r"no image or folder .*x\.jpg; .* holds no \.jpg files"):
-        find_images([tmp_path / "x.jpg"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Literal
 
 from resnest_det.classify import (
     classify_files,
-    find_images,
     find_preprocessing,
     format_predictions,
     load_classifier,
     read_class_names,
 )
+from resnest_det.data.image_search import find_images
 
 if TYPE_CHECKING:
     from resnest_det.cli import SubParsers

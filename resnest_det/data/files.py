@@ -163,12 +163,17 @@ def read_rgb(path: Path, width: int, height: int) -> NDArray[np.uint8]:
                     )
                     if decoded is not None:
                         return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), np.uint8)
-            if image.mode.startswith("I"):
-                # 16 bit grey, whose upper byte is the picture: Pillow's convert() would cut it off at 255.
-                image = Image.fromarray((np.array(image) // 256).clip(0, 255).astype(np.uint8))
-            return np.array(image.convert("RGB"))
+            return rgb_pixels(image)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and others
         raise UnreadableImageError(f"cannot read the image {path} ({type(error).__name__}: {error})") from error
+
+
+def rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """An image of Pillow's of any mode as RGB (H, W, 3), as it lies: its EXIF tag is for the caller."""
+    if image.mode.startswith("I"):
+        # 16 bit grey, whose upper byte is the picture: Pillow's convert() would cut it off at 255.
+        image = Image.fromarray((np.array(image) // 256).clip(0, 255).astype(np.uint8))
+    return np.array(image.convert("RGB"))
 
 
 def channels_first(image: NDArray[np.uint8]) -> Tensor:

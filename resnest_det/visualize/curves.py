@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Records = Sequence[Mapping[str, Any]]
 Numbers = npt.NDArray[np.float64]
+Curve = tuple[Numbers, Numbers]  # epochs and values, each (N,)
 
 _NOT_A_RESULT = ("kind", "epoch", "step", "seconds")
 _COLOURS = (*DISTINCT_COLOURS, "#000000")  # then the same dashed
@@ -45,8 +46,7 @@ def draw_curves(records: Records) -> Picture:
     from matplotlib.figure import Figure  # takes half a second, which pictures without axes do not need
     from matplotlib.ticker import MaxNLocator
 
-    trains = sorted((record for record in records if record["kind"] == "train"), key=lambda record: record["step"])
-    evals = sorted((record for record in records if record["kind"] == "eval"), key=lambda record: record["step"])
+    trains, evals = _of_kind(records, "train"), _of_kind(records, "eval")
     if not trains and not evals:
         kinds = ", ".join(sorted({str(record["kind"]) for record in records})) or "none"
         raise ValueError(
@@ -75,10 +75,39 @@ def draw_curves(records: Records) -> Picture:
     return rendered(figure)
 
 
+def loss_curves(records: Records) -> dict[str, Curve]:
+    """Every loss of a run by name, "loss" being their sum; those of many points as running medians.
+
+    Args:
+        records: the lines of metrics.jsonl in any order.
+    """
+    trains = _of_kind(records, "train")
+    return {name: _running_median(*_curve(trains, name)) for name in _loss_names(trains)}
+
+
+def result_curves(records: Records) -> dict[str, Curve]:
+    """Every result of a run's evaluations by name; one that is -1 throughout, with nothing to measure, is left out.
+
+    Args:
+        records: the lines of metrics.jsonl in any order.
+    """
+    evals = _of_kind(records, "eval")
+    results = {name: _curve(evals, name) for name in _numbers_in(evals) if name not in _NOT_A_RESULT}
+    # -1 says that there was nothing to measure, as in COCO's own evaluation.
+    return {name: curve for name, curve in results.items() if not (curve[1] == -1).all()}
+
+
+def rate_curve(records: Records) -> Curve:
+    """The learning rate of a run.
+
+    Args:
+        records: the lines of metrics.jsonl in any order.
+    """
+    return _curve(_of_kind(records, "train"), "lr")
+
+
 def _draw_losses(axes: Axes, trains: Records) -> None:
-    names = [name for name in _numbers_in(trains) if name == "loss" or name.startswith("loss_")]
-    if len(names) == 2 and "loss" in names:  # the one loss is the sum
-        names = ["loss"]
+    names = _loss_names(trains)
     lowest, highest = 0.0, 0.0
     for index, name in enumerate(names):
         epochs, values = _curve(trains, name)
@@ -105,10 +134,7 @@ def _draw_losses(axes: Axes, trains: Records) -> None:
 
 def _draw_results(axes: Axes, evals: Records) -> None:
     lowest = 0.0
-    results = {name: _curve(evals, name) for name in _numbers_in(evals) if name not in _NOT_A_RESULT}
-    # -1 says that there was nothing to measure, as in COCO's own evaluation.
-    results = {name: curve for name, curve in results.items() if not (curve[1] == -1).all()}
-    for index, (name, (epochs, values)) in enumerate(results.items()):
+    for index, (name, (epochs, values)) in enumerate(result_curves(evals).items()):
         colour, style = _look(index)
         label = name
         if np.isfinite(values).any():
@@ -170,20 +196,30 @@ def _draw_legend(axes: Axes, title: str | None) -> None:
     )
 
 
+def _of_kind(records: Records, kind: str) -> list[Mapping[str, Any]]:
+    """The records of a kind, in the order of their steps."""
+    return sorted((record for record in records if record["kind"] == kind), key=lambda record: record["step"])
+
+
+def _loss_names(trains: Records) -> list[str]:
+    names = [name for name in _numbers_in(trains) if name == "loss" or name.startswith("loss_")]
+    return ["loss"] if len(names) == 2 and "loss" in names else names  # the one loss is the sum
+
+
 def _numbers_in(records: Records) -> list[str]:
     """Names of the numbers that any of the records has, in the order in which they come."""
     names = dict.fromkeys(name for record in records for name in record)
     return [name for name in names if any(isinstance(record.get(name), int | float) for record in records)]
 
 
-def _curve(records: Records, name: str) -> tuple[Numbers, Numbers]:
+def _curve(records: Records, name: str) -> Curve:
     """Epochs and values of the records that have the name."""
     points = [(record["epoch"], record[name]) for record in records if name in record]
     array = np.array(points, dtype=np.float64).reshape(-1, 2)
     return array[:, 0], array[:, 1]
 
 
-def _running_median(epochs: Numbers, values: Numbers) -> tuple[Numbers, Numbers]:
+def _running_median(epochs: Numbers, values: Numbers) -> Curve:
     """A curve's centred median over a fiftieth of its points, at places spread over it; few points stay as they are."""
     num_points = len(values)
     if num_points <= _SMOOTHED_FROM:

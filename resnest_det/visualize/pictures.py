@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import colorsys
+import functools
+import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 Picture = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 Array = Tensor | npt.NDArray[Any]
 Colour = tuple[int, int, int]
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (16, 16, 16)
@@ -42,6 +45,79 @@ def class_colour(label: int) -> Colour:
     saturation, value = ((0.85, 0.92), (0.80, 0.78), (1.00, 0.62))[label % 3]
     red, green, blue = colorsys.hsv_to_rgb((label * _GOLDEN_RATIO) % 1.0, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def text_colour(background: Colour) -> Colour:
+    """Black or white, whichever has more contrast to the background: at least 4.3, where WCAG asks for 3 or 4.5."""
+    luminance = _luminance(background)
+    on_white = (_luminance(WHITE) + 0.05) / (luminance + 0.05)
+    on_black = (luminance + 0.05) / (_luminance(BLACK) + 0.05)
+    return WHITE if on_white > on_black else BLACK
+
+
+def _luminance(colour: Colour) -> float:
+    """The relative luminance of an sRGB colour in [0, 1], as WCAG 2.1 defines it."""
+    shares = (value / 255 for value in colour)
+    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def text_font(texts: Iterable[str], size: float) -> Font:
+    """The font to write all of the texts in: Pillow's own, or one that has the characters which Pillow's lacks.
+
+    Fonts are looked for where matplotlib finds them: its own DejaVu Sans first, then those of the machine. Where none
+    has all of the characters it is Pillow's, which draws a box for each that it lacks.
+
+    Args:
+        texts: what is to be written.
+        size: in pixels.
+    """
+    characters = frozenset(character for text in texts for character in text if not character.isspace())
+    file = None if all(character.isascii() for character in characters) else _font_file(characters)
+    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+
+
+@functools.lru_cache(maxsize=64)
+def _font_file(characters: frozenset[str]) -> str | None:
+    """The file of a font that has all of the characters; None where Pillow's own has them, or no font has."""
+    codes = frozenset(map(ord, characters))
+    if codes <= _codes_in(None):
+        return None
+    for file in _font_files():
+        try:
+            if codes <= _codes_in(file):
+                ImageFont.truetype(file, 12)  # fonts of bitmaps, such as those of emoji, have few sizes
+                return file
+        except (OSError, RuntimeError):  # the font was removed, or is one that FreeType cannot read
+            continue
+    return None
+
+
+def _font_files() -> list[str]:
+    """The files of upright fonts, DejaVu Sans first and those of regular weight before others."""
+    from matplotlib.font_manager import FontEntry, findSystemFonts, fontManager  # takes long: most names are ASCII
+
+    def order(entry: FontEntry) -> tuple[bool, bool, str, str]:
+        return entry.name != "DejaVu Sans", entry.weight not in (400, "normal"), entry.name, entry.fname
+
+    listed = [entry for entry in sorted(fontManager.ttflist, key=order) if entry.style == "normal"]
+    # matplotlib keeps its list in a file, which fonts that were installed afterwards are not in.
+    new = set(findSystemFonts()) - {entry.fname for entry in fontManager.ttflist}
+    files = [entry.fname for entry in listed] + sorted(new, key=lambda file: ("Regular" not in file, file))
+    return [file for file in files if "LastResort" not in file]  # which has a box for every character there is
+
+
+@functools.lru_cache(maxsize=256)
+def _codes_in(file: str | None) -> frozenset[int]:
+    """The code points that a font has glyphs for; of None, those of Pillow's own."""
+    from matplotlib.ft2font import FT2Font
+
+    if file is not None:
+        return frozenset(FT2Font(file).get_charmap())
+    own = ImageFont.load_default(12)
+    if not isinstance(own, ImageFont.FreeTypeFont):  # a Pillow without FreeType, whose font has Latin letters
+        return frozenset(range(256))
+    return frozenset(FT2Font(io.BytesIO(own.font_bytes)).get_charmap())
 
 
 def contact_sheet(
@@ -74,8 +150,8 @@ def contact_sheet(
     if row_titles is not None and len(row_titles) != len(rows):
         raise ValueError(f"row_titles has {len(row_titles)} titles for {len(rows)} rows; give one a row")
 
-    font = ImageFont.load_default(size=SHEET_TITLE_SIZE)
-    caption_font = ImageFont.load_default(size=round(0.75 * SHEET_TITLE_SIZE))
+    font = text_font(column_titles, SHEET_TITLE_SIZE)
+    caption_font = text_font(row_titles or (), round(0.75 * SHEET_TITLE_SIZE))
     pictures = [[as_picture(picture) for picture in row] for row in rows]
     widths = [
         max(math.ceil(font.getlength(title)), *(picture.shape[1] for picture in column))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from resnest_det.visualize.pictures import (
     BLACK,
@@ -18,6 +18,7 @@ from resnest_det.visualize.pictures import (
     WHITE,
     Array,
     Colour,
+    Font,
     Picture,
     as_array,
     as_picture,
@@ -25,15 +26,18 @@ from resnest_det.visualize.pictures import (
     class_name,
     contact_sheet,
     readable_scale,
+    text_font,
 )
 
 _LARGEST_SIDE = 640  # pixels; a larger image is reduced in a comparison, where three stand side by side
+_LEGEND_SIDE = 1000  # pixels; below an image twice as large, the legend is twice as large
 _HATCH_PERIOD = 8  # pixels, along a row
 _LEGEND_LINE = 24  # pixels from one line of a name to the next
 _LEGEND_ENTRY_GAP = 8  # pixels between a class and the one below
 _LEGEND_NAME_WIDTH = 280  # pixels; a longer name goes on in the next line
 _LEAST_LEGEND_WIDTH = 120  # pixels
 _SWATCH_WIDTH, _SWATCH_HEIGHT = 32, 20  # pixels
+_NOT_LABELLED = "not labelled"
 
 
 def paint_segmentation(
@@ -67,14 +71,63 @@ def paint_segmentation(
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity is {opacity}, expected 0 to 1; give the paint's share, such as 0.6")
 
-    seen, positions = np.unique(labels, return_inverse=True)
+    seen = np.unique(labels)
     palette = [WHITE if label == ignore_index else _colour(label, colours) for label in seen.tolist()]
-    paint = np.array(palette, dtype=np.float32)[positions.reshape(labels.shape)]  # (H, W, 3)
-    painted = (1 - opacity) * _grey(pixels) + opacity * paint
+    paint = opacity * np.array(palette, dtype=np.float32)
+    painted = paint[np.searchsorted(seen, labels)]  # (H, W, 3)
+    painted += (1 - opacity) * _grey(pixels)
     unlabelled = labels == ignore_index
-    painted[unlabelled] = _hatched(pixels)[unlabelled]
+    if unlabelled.any():
+        painted[unlabelled] = _hatched(pixels)[unlabelled]
     painted[_borders(labels)] = WHITE
-    return painted.round().astype(np.uint8)
+    return painted.round(out=painted).astype(np.uint8)
+
+
+def draw_segmentation(
+    image: Array,
+    mask: Array,
+    class_names: Mapping[int, str],
+    colours: Mapping[int, Colour] | None = None,
+    *,
+    ignore_index: int = 255,
+) -> Picture:
+    """The image painted as `paint_segmentation` does, and below it what its colours mean, the largest classes first.
+
+    A small image is enlarged, and the names below a large one are, so that they can be read.
+
+    Args:
+        image: uint8, RGB, either a tensor (3, H, W) or an array (H, W, 3).
+        mask: (H, W) integers, each pixel's label from 0, or `ignore_index`.
+        class_names: the name of each label.
+        colours: the RGB colour, 0..255, of each label; None for `class_colour`.
+        ignore_index: what the mask holds where nothing is labelled.
+
+    Returns:
+        The picture (H', W', 3), a new array.
+
+    Raises:
+        ValueError: as `paint_segmentation` and `class_legend`.
+    """
+    pixels = as_picture(image)
+    labels = _as_mask(mask, "mask", pixels, ignore_index)
+    seen, areas = np.unique(labels, return_counts=True)
+    scale = readable_scale(*pixels.shape[:2])
+    if scale > 1:
+        size = pixels.shape[1] * scale, pixels.shape[0] * scale
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        labels = labels.repeat(scale, axis=0).repeat(scale, axis=1)
+    painted = paint_segmentation(pixels, labels, colours, ignore_index=ignore_index)
+    height, width = painted.shape[:2]
+    legend = class_legend(
+        seen[np.argsort(-areas, kind="stable")].tolist(),
+        class_names,
+        colours,
+        width=max(width, _LEAST_LEGEND_WIDTH),
+        scale=max(1, min(round(max(height, width) / _LEGEND_SIDE), width // _LEAST_LEGEND_WIDTH)),
+        ignore_index=ignore_index,
+    )
+    narrower = legend.shape[1] - width
+    return np.concatenate([np.pad(painted, ((0, 0), (0, narrower), (0, 0)), constant_values=255), legend])
 
 
 def class_legend(
@@ -83,6 +136,7 @@ def class_legend(
     colours: Mapping[int, Colour] | None = None,
     *,
     width: int,
+    scale: int = 1,
     ignore_index: int = 255,
 ) -> Picture:
     """What each colour means: a swatch and a name for each label, in columns read downwards.
@@ -91,7 +145,8 @@ def class_legend(
         labels: in the order in which they stand; `ignore_index` among them is "not labelled".
         class_names: the name of each label; long ones are wrapped.
         colours: the RGB colour, 0..255, of each label; None for `class_colour`.
-        width: of the legend in pixels, at least 120.
+        width: of the legend in pixels, at least 120 times the scale.
+        scale: whole factor by which names, swatches and gaps are enlarged.
         ignore_index: what a mask holds where nothing is labelled.
 
     Returns:
@@ -100,34 +155,40 @@ def class_legend(
     Raises:
         ValueError: no labels, a label without a name or a colour, a wrong colour, or too small a width.
     """
-    if width < _LEAST_LEGEND_WIDTH:
-        raise ValueError(f"width is {width}, expected at least {_LEAST_LEGEND_WIDTH} pixels; names need the room")
-    font = ImageFont.load_default(size=SHEET_TITLE_SIZE)
-    longest = min(_LEGEND_NAME_WIDTH, width - _SWATCH_WIDTH - 3 * SHEET_GAP)
+    if width < _LEAST_LEGEND_WIDTH * scale:
+        raise ValueError(
+            f"width is {width}, expected at least {_LEAST_LEGEND_WIDTH * scale} pixels; names need the room"
+        )
+    labels = [int(label) for label in labels]
+    names = [_NOT_LABELLED if label == ignore_index else class_name(label, class_names) for label in labels]
+    font = text_font(names, SHEET_TITLE_SIZE * scale)
+    gap, line_height = SHEET_GAP * scale, _LEGEND_LINE * scale
+    swatch_width, swatch_height = _SWATCH_WIDTH * scale, _SWATCH_HEIGHT * scale
+    longest = min(_LEGEND_NAME_WIDTH * scale, width - swatch_width - 3 * gap)
     entries: list[tuple[Picture, list[str]]] = []  # swatches and the lines of their names
-    for label in map(int, labels):
-        swatch = np.full((_SWATCH_HEIGHT, _SWATCH_WIDTH, 3), 128, dtype=np.uint8)
+    for label, name in zip(labels, names, strict=True):
+        swatch = np.full((swatch_height, swatch_width, 3), 128, dtype=np.uint8)
         if label == ignore_index:
-            entries.append((_hatched(swatch), _wrap("not labelled", font, longest)))
+            swatch = _hatched(swatch)
         else:
             swatch[:] = _colour(label, colours)
-            entries.append((swatch, _wrap(class_name(label, class_names), font, longest)))
+        entries.append((swatch, _wrap(name, font, longest)))
     if not entries:
         raise ValueError("labels is empty, expected at least one; give those that the masks hold")
 
     name_width = max(math.ceil(font.getlength(line)) for _, lines in entries for line in lines)
-    column_width = _SWATCH_WIDTH + SHEET_GAP + name_width
-    num_columns = max(1, width // (column_width + 2 * SHEET_GAP))
-    heights = [len(lines) * _LEGEND_LINE + _LEGEND_ENTRY_GAP for _, lines in entries]
+    column_width = swatch_width + gap + name_width
+    num_columns = max(1, width // (column_width + 2 * gap))
+    heights = [len(lines) * line_height + _LEGEND_ENTRY_GAP * scale for _, lines in entries]
     places, height = _columns(heights, num_columns)
-    legend = Image.new("RGB", (width, height + 2 * SHEET_GAP), WHITE)
+    legend = Image.new("RGB", (width, height + 2 * gap), WHITE)
     draw = ImageDraw.Draw(legend)
     for (swatch, lines), (column, above) in zip(entries, places, strict=True):
-        left, top = SHEET_GAP + column * (column_width + 2 * SHEET_GAP), SHEET_GAP + above
-        legend.paste(Image.fromarray(swatch), (left, top + (_LEGEND_LINE - _SWATCH_HEIGHT) // 2))
+        left, top = gap + column * (column_width + 2 * gap), gap + above
+        legend.paste(Image.fromarray(swatch), (left, top + (line_height - swatch_height) // 2))
         for number, line in enumerate(lines):
-            middle = top + number * _LEGEND_LINE + _LEGEND_LINE // 2
-            draw.text((left + _SWATCH_WIDTH + SHEET_GAP, middle), line, fill=BLACK, font=font, anchor="lm")
+            middle = top + number * line_height + line_height // 2
+            draw.text((left + swatch_width + gap, middle), line, fill=BLACK, font=font, anchor="lm")
     return np.asarray(legend).copy()
 
 
@@ -203,6 +264,9 @@ def _as_mask(mask: Array, name: str, pixels: Picture, ignore_index: int) -> npt.
             f"{name} holds the label {lowest}, expected labels from 0 or ignore_index {ignore_index}; "
             f"if it stands for pixels without a label, give ignore_index={lowest}"
         )
+    few = np.iinfo(np.int16)
+    if few.min <= labels.min(initial=0) and labels.max(initial=0) <= few.max:
+        return labels.astype(np.int16)  # which is compared and sorted in a fraction of the time
     return labels
 
 
@@ -271,7 +335,7 @@ def _columns(heights: Sequence[int], num_columns: int) -> tuple[list[tuple[int, 
         limit += 1
 
 
-def _wrap(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrap(name: str, font: Font, width: int) -> list[str]:
     """The name in lines that are at most `width` pixels wide: broken between words, or within one too long."""
     lines = [""]
     for word in name.split():

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from resnest_det.visualize import draw_curves
+from resnest_det.visualize import draw_curves, loss_curves, rate_curve, result_curves
 
 BLUE, ORANGE = (0, 114, 178), (213, 94, 0)  # of a panel's first and second curve
 
@@ -146,3 +146,17 @@ def test_matplotlib_stays_as_it_was() -> None:
 def test_nothing_to_draw(records: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw_curves(records)
+
+
+def test_the_curves_themselves() -> None:
+    trains = [train_record(step, loss_a=1.0 / step, loss_b=2.0) for step in (40, 20)]
+    evals = [eval_record(2, AP=0.5, APl=-1.0), eval_record(1, AP=0.25, APl=-1.0)]
+    losses, results = loss_curves(trains + evals), result_curves(trains + evals)
+    assert list(losses) == ["loss", "loss_a", "loss_b"]
+    np.testing.assert_allclose(losses["loss_a"], [[0.2, 0.4], [1 / 20, 1 / 40]])
+    assert list(results) == ["AP"]  # there was never a large object to find
+    np.testing.assert_array_equal(results["AP"], [[1, 2], [0.25, 0.5]])
+    np.testing.assert_array_equal(rate_curve(trains + evals), [[0.2, 0.4], [0.02, 0.02]])
+    assert list(loss_curves([train_record(20, loss_a=1.0)])) == ["loss"]
+    many = loss_curves([train_record(step, loss_a=1.0, loss_b=1.0) for step in range(1, 10_000)])
+    assert len(many["loss"][0]) == 500

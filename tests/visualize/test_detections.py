@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from resnest_det.visualize import class_colour, compare_detections, draw_boxes
+from resnest_det.visualize.detections import _draw_link, place_tags
 
 NAMES = {1: "disc", 2: "square", 3: "a name that is far too long for its box"}
 GREY = np.full((60, 80, 3), 128, dtype=np.uint8)
@@ -114,6 +116,19 @@ def test_masks_are_painted_as_they_come() -> None:
     assert np.array_equal(draw_boxes(image, *nothing, NAMES, masks=[], scale=1), image)
 
 
+def test_masks_have_an_edge() -> None:
+    """Opaque, and within the mask, so that those of one class are told apart; at the image's border too."""
+    masks = np.zeros((2, 60, 80), bool)
+    masks[0, 20:60, :40] = masks[1, 20:60, 40:] = True
+    nowhere = np.zeros((2, 4))
+    picture = draw_boxes(GREY, nowhere, np.array([1, 1]), NAMES, masks=masks, scale=1)
+    coloured = has_colour(picture, 1)
+    assert coloured[20, 45:].all()  # clear of the names
+    assert coloured[59].all()
+    assert coloured[20:, [0, 39, 40, 79]].all()
+    assert not coloured[48:58, 2:38].any()
+
+
 def test_crowd_is_dashed() -> None:
     def share_of_left_side(crowd: bool) -> float:
         picture = draw_boxes(GREY, BOX, np.array([1]), NAMES, iscrowd=np.array([crowd]), scale=6)
@@ -172,3 +187,144 @@ def test_compare_detections_draws_truth_left_and_prediction_right() -> None:
 def test_compare_detections_needs_as_many_of_each() -> None:
     with pytest.raises(ValueError, match=r"1 images, 0 targets and 0 predictions"):
         compare_detections([GREY], [], [], NAMES)
+
+
+# --- where names go
+
+
+def overlaps(places: list[tuple[float, float, float, float]]) -> int:
+    """The number of pairs of places that have a pixel in common."""
+    x1, y1, x2, y2 = np.array(places).T
+    in_x = (x1[:, None] < x2) & (x1 < x2[:, None])
+    in_y = (y1[:, None] < y2) & (y1 < y2[:, None])
+    return (np.count_nonzero(in_x & in_y) - len(places)) // 2
+
+
+def nearest_free_place(
+    wanted: tuple[int, int],
+    size: tuple[int, int],
+    taken: list[tuple[float, float, float, float]],
+    picture_size: tuple[int, int],
+) -> float | None:
+    """By trying every pixel: the distance from the wanted corner to the nearest free one, None where none is free."""
+    is_free = np.ones((picture_size[0] - size[0] + 1, picture_size[1] - size[1] + 1), dtype=bool)
+    x, y = np.indices(is_free.shape)
+    for x1, y1, x2, y2 in taken:
+        is_free &= (x + size[0] <= x1) | (x >= x2) | (y + size[1] <= y1) | (y >= y2)
+    if not is_free.any():
+        return None
+    return float(np.hypot(x - wanted[0], y - wanted[1])[is_free].min())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_names_go_to_the_nearest_free_place(seed: int) -> None:
+    """Until the picture is full, in which case, and in no other, names cover each other."""
+    rng = np.random.default_rng(seed)
+    picture_size = 120, 90
+    corners = rng.integers(0, (120, 90), (60, 2, 2))
+    boxes = [tuple(map(float, (*pair.min(axis=0), *pair.max(axis=0)))) for pair in corners]
+    sizes = [(int(rng.integers(8, 36)), 9) for _ in boxes]
+    places = place_tags(boxes, sizes, picture_size)
+    num_searched = num_full = 0
+    for number, (place, (x1, y1, x2, y2), size) in enumerate(zip(places, boxes, sizes, strict=True)):
+        assert (place[2] - place[0], place[3] - place[1]) == size
+        assert place[0] >= 0
+        assert place[1] >= 0
+        assert place[2] <= picture_size[0]
+        assert place[3] <= picture_size[1]
+        corners_of_box = [(x1, y1 - 9), (x1, y2), (x2 - size[0], y1 - 9), (x2 - size[0], y2), (x1, y1)]
+        at_corners = [
+            (min(max(0, left), picture_size[0] - size[0]), min(max(0, top), picture_size[1] - size[1]))
+            for left, top in corners_of_box
+        ]
+        before = places[:number]
+        free = [corner for corner in at_corners if nearest_free_place(corner, size, before, picture_size) == 0]
+        nearest = nearest_free_place(at_corners[0], size, before, picture_size)
+        covered = number > 0 and overlaps([*before, place]) > overlaps(before or [place])
+        if free:
+            assert place[:2] == free[0]
+        elif nearest is not None:
+            num_searched += 1
+            assert np.hypot(place[0] - at_corners[0][0], place[1] - at_corners[0][1]) == pytest.approx(nearest)
+        else:
+            num_full += 1
+        assert covered == (nearest is None)
+    assert num_searched > 3
+    assert num_full > 0
+
+
+def crowd(num_boxes: int, width: int, height: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes in one part of a picture, many over each other, with labels and scores."""
+    rng = np.random.default_rng(seed)
+    sides = rng.uniform(0.03, 0.15, (num_boxes, 2))
+    corners = 0.3 + rng.normal(0, 0.08, (num_boxes, 2))
+    boxes = np.concatenate([corners, corners + sides], axis=1) * (width, height, width, height)
+    return boxes, np.arange(1, num_boxes + 1), rng.uniform(0.3, 1, num_boxes)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1333, 800), (640, 480), (500, 700)])
+def test_no_two_names_of_a_crowd_overlap(width: int, height: int) -> None:
+    boxes, _, _ = crowd(60, width, height)
+    sizes = [(70, 16)] * 60
+    places = place_tags([tuple(box) for box in boxes], sizes, (width, height))
+    assert overlaps(places) == 0
+
+
+def test_every_name_of_a_crowd_can_be_read() -> None:
+    boxes, labels, scores = crowd(60, 900, 600)
+    names = {label: f"class {label}" for label in labels.tolist()}
+    picture = draw_boxes(np.full((600, 900, 3), 128, np.uint8), boxes, labels, names, scores)
+    for label in labels.tolist():
+        tag = has_colour(picture, label)
+        rows = np.flatnonzero(tag.sum(axis=1) > 25)  # of a name, between and above its letters
+        assert len(rows) >= 12, f"the name of box {label} is not seen"
+        assert np.count_nonzero(tag[rows]) > 700
+
+
+def test_names_get_smaller_in_a_crowd_only() -> None:
+    """Letters are a 36th of the picture's long side, and down to an 80th."""
+
+    def height_of_best_name(num_boxes: int) -> int:
+        boxes, labels, scores = crowd(num_boxes, 1333, 800)
+        boxes[scores.argmax()] = 700, 300, 1300, 700  # by itself
+        picture = draw_boxes(
+            np.full((800, 1333, 3), 128, np.uint8), boxes, labels, dict.fromkeys(labels.tolist(), "disc"), scores
+        )
+        return np.count_nonzero(has_colour(picture, int(labels[scores.argmax()]))[:300, 705])
+
+    assert 1333 / 36 < height_of_best_name(2) < 1333 / 36 + 14  # with margins above and below
+    assert 1333 / 80 < height_of_best_name(80) < 1333 / 80 + 14
+
+
+def test_long_names_are_shortened_to_the_picture() -> None:
+    names = {1: "a name of a class that is very much too long for any picture " * 3, 2: "x"}
+    picture = draw_boxes(np.full((480, 480, 3), 128, np.uint8), BOX * 5, np.array([1]), names, np.array([0.25]))
+    short = draw_boxes(np.full((480, 480, 3), 128, np.uint8), BOX * 5, np.array([2]), names, np.array([0.25]))
+    tag = has_colour(picture, 1)
+    columns = np.flatnonzero(tag[: BOX[0, 1].astype(int) * 5 - 3].any(axis=0))
+    assert columns.min() < 10
+    assert columns.max() > 470
+    score = short[has_colour(short, 2).any(axis=1)]  # what is written behind is the same
+    assert num_text_pixels(picture) > num_text_pixels(short) > 0
+    assert score.size
+
+
+@pytest.mark.parametrize(
+    ("box", "line"),
+    [
+        ((100, 100, 150, 150), [(50, 20), (75, 60), (100, 100)]),
+        ((20, 60, 40, 80), [(30, 20), (30, 40), (30, 60)]),  # below it
+        ((80, 0, 90, 90), [(50, 15), (65, 15), (80, 15)]),  # beside it
+        ((2, 60, 5, 80), [(10, 20), (8, 40), (5, 60)]),
+        ((10, 20, 90, 90), []),  # touching it
+        ((40, 15, 90, 90), []),
+    ],
+)
+def test_name_away_from_its_box_has_a_line_to_it(box: tuple[int, ...], line: list[tuple[int, int]]) -> None:
+    picture = Image.new("RGB", (160, 160))
+    _draw_link(ImageDraw.Draw(picture), (10, 10, 50, 20), box, (255, 0, 0), 2)  # type: ignore[arg-type]
+    red = np.asarray(picture)[..., 0] == 255
+    assert red.any() == bool(line)
+    for x, y in line:
+        assert red[y - 2 : y + 3, x - 2 : x + 3].any()
+    assert red.sum() < 300

@@ -9,7 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from resnest_det.visualize import class_colour, class_legend, compare_segmentations, paint_segmentation
+from resnest_det.visualize import (
+    class_colour,
+    class_legend,
+    compare_segmentations,
+    draw_segmentation,
+    paint_segmentation,
+)
 
 NAMES = {0: "wall", 1: "sky", 2: "bus, autobus, coach, charabanc, double-decker, jitney, omnibus"}
 GREY = np.full((60, 80, 3), 128, dtype=np.uint8)
@@ -257,3 +263,35 @@ def test_real_scenes(real_data: Callable[[str], Path]) -> None:
     sheet = compare_segmentations(images, masks, masks, names, names=[path.name for path in paths])
     for label in set(np.unique(masks[0]).tolist()) - {255}:
         assert num_swatches(sheet, class_colour(label)) >= 1
+
+
+def test_drawn_segmentation_has_its_legend_below() -> None:
+    image = np.full((600, 800, 3), 128, np.uint8)
+    mask = np.zeros((600, 800), np.int64)
+    mask[:, 500:] = 1
+    colours = {0: (200, 0, 0), 1: (0, 0, 200)}
+    picture = draw_segmentation(image, mask, NAMES, colours)
+    np.testing.assert_array_equal(picture[:600], paint_segmentation(image, mask, colours))
+    np.testing.assert_array_equal(picture[600:], class_legend([0, 1], NAMES, colours, width=800))
+    mask[:, 300:] = 1  # the largest class first
+    legend = draw_segmentation(image, mask, NAMES, colours)[600:]
+    np.testing.assert_array_equal(legend, class_legend([1, 0], NAMES, colours, width=800))
+
+
+def test_drawn_segmentation_of_a_small_image_is_enlarged() -> None:
+    picture = draw_segmentation(GREY, HALVES, NAMES, {0: (200, 0, 0), 1: (0, 0, 200)})
+    painted = {label: tuple(round(0.6 * part + 0.4 * 128) for part in (200, 0, 0)) for label in (0,)}
+    assert picture.shape[1] == 480
+    assert np.count_nonzero(has_colour(picture[:360], painted[0])) == 240 * 360
+    narrow = draw_segmentation(GREY[:, :4], HALVES[:, :4], NAMES)
+    assert narrow.shape[1] == 120  # as wide as its legend
+    assert has_colour(narrow[:480, 40:], WHITE).all()
+
+
+def test_legend_of_a_large_image_is_large() -> None:
+    image, mask = np.zeros((1500, 3000, 3), np.uint8), np.zeros((1500, 3000), np.int64)
+    legend = draw_segmentation(image, mask, NAMES, {0: (200, 0, 0)})[1500:]
+    assert np.count_nonzero(has_colour(legend, (200, 0, 0))) == 9 * 32 * 20
+    np.testing.assert_array_equal(legend, class_legend([0], NAMES, {0: (200, 0, 0)}, width=3000, scale=3))
+    with pytest.raises(ValueError, match=r"width is 200, expected at least 240 pixels"):
+        class_legend([0], NAMES, width=200, scale=2)
