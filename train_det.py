@@ -49,6 +49,7 @@ from resnest_det.experiment import (
     precise_statistics,
     report_skipped,
     run_folder,
+    run_report,
     run_script,
     save_picture,
     spread_samples,
@@ -56,7 +57,7 @@ from resnest_det.experiment import (
     write_evaluation,
     write_results,
 )
-from resnest_det.reports import class_tables, write_detection_report
+from resnest_det.reports import class_tables, detection_examples, write_detection_report, write_examples
 from resnest_det.visualize import compare_detections
 
 REPOSITORY = Path(__file__).parent
@@ -162,12 +163,16 @@ def train(command: Command[DetectionSettings], device: torch.device) -> None:
                     results = measure(model)
             sheet = picture(model) if rank() == 0 else None
         print(f"best checkpoint, after epoch {epoch}:\n{metric.table()}")
-        report_skipped(train_set, val_set)
+        skipped = report_skipped(train_set, val_set)
         if rank() == 0:
             write_curves(folder)
             save_picture(sheet, folder / "predictions.png")
             written = write_results(folder / "results.json", settings.eval, results, class_tables(metric, masks=masks))
-            report(metric, val_set, folder, masks=masks, suffix=written.stem.removeprefix("results"))
+            suffix = written.stem.removeprefix("results")
+            report(metric, val_set, folder, masks=masks, suffix=suffix)
+            with run_report(folder, skipped, suffix=suffix):
+                examples = detection_examples(metric, val_set, settings.run.num_pictures, masks=masks)
+                write_examples(folder, examples, suffix=suffix)
 
 
 def evaluate_only(command: Command[DetectionSettings], checkpoint: Path, device: torch.device) -> None:
@@ -187,12 +192,16 @@ def evaluate_only(command: Command[DetectionSettings], checkpoint: Path, device:
     with autocast(settings.run.precision, device):
         results = evaluate(model, val_batches, metric, predict=inference, device=device)
     print(metric.table())
-    report_skipped(val_set)
+    skipped = report_skipped(val_set)
     if rank() == 0:
         tables = class_tables(metric, masks=masks)
         picture = write_evaluation(settings, file, val_set.annotation_file.stem, results, tables)
         save_picture(draw(model, inference, val_set, settings.run.num_pictures, device), picture)
-        report(metric, val_set, picture.parent, masks=masks, suffix=picture.stem.removeprefix("predictions"))
+        folder, suffix = picture.parent, picture.stem.removeprefix("predictions")
+        report(metric, val_set, folder, masks=masks, suffix=suffix)
+        with run_report(folder, skipped, suffix=suffix, evaluated_on=device):
+            examples = detection_examples(metric, val_set, settings.run.num_pictures, masks=masks)
+            write_examples(folder, examples, suffix=suffix)
 
 
 def report(

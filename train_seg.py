@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from resnest_det.backbones import load_weights
 from resnest_det.build import (
@@ -27,7 +27,7 @@ from resnest_det.build import (
     check_batch_size,
     class_colours,
 )
-from resnest_det.config import Command, SegmentationSettings, settings_as_data
+from resnest_det.config import Command, RunSettings, SegmentationSettings, settings_as_data
 from resnest_det.data import MaskFolder, eval_loader, once_per_machine, train_loader
 from resnest_det.distributed import describe_processes, images_to_device, rank
 from resnest_det.engine import autocast, check_class_names, fit, seed_random_numbers, unsharded
@@ -43,6 +43,7 @@ from resnest_det.experiment import (
     precise_statistics,
     report_skipped,
     run_folder,
+    run_report,
     run_script,
     save_picture,
     spread_samples,
@@ -50,6 +51,7 @@ from resnest_det.experiment import (
     write_evaluation,
     write_results,
 )
+from resnest_det.reports import Examples, segmentation_examples, write_examples
 from resnest_det.visualize import compare_segmentations
 
 REPOSITORY = Path(__file__).parent
@@ -146,13 +148,18 @@ def train(command: Command[SegmentationSettings], device: torch.device) -> None:
             if command.resume or epoch < settings.optim.epochs:
                 with autocast(settings.run.precision, device):
                     results = measure(model)
-            sheet = picture(model) if rank() == 0 else None
-        print(f"best checkpoint, after epoch {epoch}:\n{metric.table()}")
-        report_skipped(train_set, val_set)
-        if rank() == 0:
-            write_results(folder / "results.json", settings.eval, results, {"classes": metric.per_class()})
-            write_curves(folder)
-            save_picture(sheet, folder / "predictions.png")
+            print(f"best checkpoint, after epoch {epoch}:\n{metric.table()}")
+            skipped = report_skipped(train_set, val_set)
+            if rank() == 0:
+                written = write_results(
+                    folder / "results.json", settings.eval, results, {"classes": metric.per_class()}
+                )
+                suffix = written.stem.removeprefix("results")
+                write_curves(folder)
+                save_picture(picture(model), folder / "predictions.png")
+                with run_report(folder, skipped, suffix=suffix):
+                    examples = find_examples(model, inference, metric, val_set, settings.run, device)
+                    write_examples(folder, examples, suffix=suffix)
 
 
 def evaluate_only(command: Command[SegmentationSettings], checkpoint: Path, device: torch.device) -> None:
@@ -171,12 +178,16 @@ def evaluate_only(command: Command[SegmentationSettings], checkpoint: Path, devi
     with autocast(settings.run.precision, device):
         results = evaluate(model, val_batches, metric, predict=inference, device=device)
     print(metric.table())
-    report_skipped(val_set)
+    skipped = report_skipped(val_set)
     if rank() == 0:
         picture = write_evaluation(
             settings, file, "-".join(val_set.folder.parts[-2:]), results, {"classes": metric.per_class()}
         )
         save_picture(draw(model, inference, val_set, settings.run.num_pictures, device), picture)
+        folder, suffix = picture.parent, picture.stem.removeprefix("predictions")
+        with run_report(folder, skipped, suffix=suffix, evaluated_on=device):
+            examples = find_examples(model, inference, metric, val_set, settings.run, device)
+            write_examples(folder, examples, suffix=suffix)
 
 
 def draw(
@@ -192,6 +203,26 @@ def draw(
     images, masks = zip(*samples.values(), strict=True)
     return compare_segmentations(
         images, masks, predictions, dataset.class_names, colours=class_colours(dataset), names=list(samples)
+    )
+
+
+def find_examples(
+    model: nn.Module,
+    inference: SegmentationInference,
+    metric: MeanIoU,
+    dataset: MaskFolder,
+    settings: RunSettings,
+    device: torch.device,
+) -> Examples:
+    """The images that went worst and best, and what the model sees in them."""
+    model.eval()
+
+    def predict(image: Tensor) -> Tensor:
+        with torch.inference_mode(), autocast(settings.precision, device):
+            return inference(model, images_to_device([image], device))[0]
+
+    return segmentation_examples(
+        metric.image_scores, dataset, predict, settings.num_pictures, colours=class_colours(dataset)
     )
 
 

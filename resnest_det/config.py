@@ -83,7 +83,11 @@ class RunSettings(Section):
     checkpoint_steps: int = Field(0, ge=0, description="Optimiser steps between checkpoints in an epoch; 0 for none.")
     checkpoint_minutes: float = Field(15.0, ge=0, description="Minutes between checkpoints in an epoch; 0 for none.")
     keep_last: int = Field(2, ge=1, description="Checkpoints kept besides the best: last.pt, last-1.pt, and so on.")
-    num_pictures: int = Field(8, ge=0, description="Validation images drawn with their predictions at the end.")
+    num_pictures: int = Field(
+        8,
+        ge=0,
+        description="Validation images drawn with their predictions at the end; the report has the worst and best.",
+    )
     tensorboard: bool = Field(False, description="Write TensorBoard's files too, into the run folder.")
     logger: str = Field(
         "",

@@ -41,6 +41,7 @@ from resnest_det.distributed import (
     images_to_device,
     local_world_size,
     rank,
+    select_device,
     to_device,
     world_size,
 )
@@ -63,10 +64,13 @@ from resnest_det.engine.interruption import StopSignals
 from resnest_det.engine.journal import Hook, load_hook
 from resnest_det.engine.tensorboard import TensorBoard
 from resnest_det.layers import describe_norms, norm_warnings
+from resnest_det.reports import note_end, note_evaluation, note_start, write_run_report
 from resnest_det.visualize import draw_curves
 
 S = TypeVar("S", bound=ExperimentSettings)
 T = TypeVar("T")
+
+_warned: list[str] = []  # what the script warned of since it began, for its report
 
 
 def run_script(
@@ -126,13 +130,20 @@ def run_script(
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings as sentences, without the line of code that they come from."""
-    former = warnings.formatwarning
+    """Warnings as sentences, without the line of code that they come from; they are noted for the report."""
+    former, show = warnings.formatwarning, warnings.showwarning
     warnings.formatwarning = lambda message, *_where, **_more: f"warning: {message}\n"
+    _warned.clear()
+
+    def note(message: Warning | str, *where: Any, **more: Any) -> None:
+        _warned.append(str(message))
+        show(message, *where, **more)
+
+    warnings.showwarning = note
     try:
         yield
     finally:
-        warnings.formatwarning = former
+        warnings.formatwarning, warnings.showwarning = former, show
 
 
 @contextmanager
@@ -175,6 +186,8 @@ def run_folder(command: Command[S], class_names: dict[int, str]) -> Iterator[tup
             folder = new_run_folder(folder)
             write_settings(with_run_folder(command.settings, str(folder)), folder / "config.toml")
         folder = gather_objects(folder)[0]
+    if rank() == 0:
+        note_start(folder, select_device(command.settings.run.device))
     report = folder / ("error.txt" if rank() == 0 else f"error-{rank()}.txt")
     report.unlink(missing_ok=True)
     try:
@@ -379,9 +392,50 @@ def save_picture(image: NDArray[np.uint8] | None, path: Path) -> None:
         print(f"pictures: {path}")
 
 
-def report_skipped(*datasets: ImageFiles[Any]) -> None:
-    """Say how many images could not be read and were skipped, by any process: they are in no figure."""
+def report_skipped(*datasets: ImageFiles[Any]) -> list[str]:
+    """Say how many images could not be read and were skipped, by any process: they are in no figure.
+
+    Returns:
+        Their names.
+    """
+    skipped: list[str] = []
     for dataset in datasets:
         if names := sorted(set(chain.from_iterable(gather_objects(dataset.skipped)))):
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             print(f"{len(names)} of {len(dataset)} images were unreadable and skipped: {shown}")
+            skipped += names
+    return skipped
+
+
+@contextmanager
+def run_report(
+    folder: Path, skipped: Sequence[str], *, suffix: str = "", evaluated_on: torch.device | None = None
+) -> Iterator[None]:
+    """A block in which the rest of what a report needs is written, and at its end the report.
+
+    It comes when the results are written: an error here is warned of, and costs no more than the report.
+
+    Args:
+        folder: the run folder, or where an evaluation's files are.
+        skipped: names of the images that could not be read.
+        suffix: what the names of the results' files have before their ending.
+        evaluated_on: of an evaluation without training, its device.
+    """
+    with _warned_of("the report"):
+        with _warned_of("the best and the worst images"):
+            yield
+        warned = list(dict.fromkeys(_warned))
+        if evaluated_on is None:
+            note_end(folder, skipped=skipped, warnings=warned)
+        else:
+            note_evaluation(folder, evaluated_on, suffix=suffix, skipped=skipped, warnings=warned)
+        print(f"report: {write_run_report(folder, suffix=suffix)}")
+
+
+@contextmanager
+def _warned_of(what: str) -> Iterator[None]:
+    """A block whose error is a warning that this could not be written."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"{what} could not be written; the results are ({type(error).__name__}: {error})", stacklevel=2)

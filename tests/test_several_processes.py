@@ -62,11 +62,13 @@ def test_a_run_of_two_processes(sample: Path, tmp_path: Path) -> None:
     printed = finish("train_det.py", config, *arguments, processes=2)
     assert "2 processes, the first on cpu" in printed
     assert printed.count("epoch 2/2") == 1
+    assert printed.count("report: ") == 1
     last = load_checkpoint(tmp_path / "run" / "last.pt")
     assert (last["step"], last["processes"], len(last["random"])) == (4, 2, 2)
     files = {"best.pt", "config.toml", "last-1.pt", "last.pt", "metrics.jsonl"}
     files |= {"curves.png", "predictions.png", "errors.png", "precision_recall.png", "confusion_matrix.png"}
-    files |= {"results.json", "detections.json", "errors.json", "confusion_matrix.json"}
+    files |= {"results.json", "detections.json", "errors.json", "confusion_matrix.json", "precision_recall.json"}
+    files |= {"examples", "examples.json", "provenance.json", "report.html"}
     assert {file.name for file in (tmp_path / "run").iterdir()} == files
 
 

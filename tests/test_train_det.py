@@ -19,6 +19,7 @@ from resnest_det import cli
 from resnest_det.config import DetectionSettings, load_settings
 from resnest_det.data.sample import SHAPES, write_sample_dataset
 from resnest_det.engine import load_checkpoint, read_metrics
+from tests.reports.pages import read_page
 from tests.tiny_configs import REPOSITORY, write_detection_config
 
 TWELVE = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
@@ -63,11 +64,16 @@ def test_trains_evaluates_draws_and_measures_again(
         "detections.json",
         "errors.json",
         "errors.png",
+        "examples",
+        "examples.json",
         "last-1.pt",
         "last.pt",
         "metrics.jsonl",
+        "precision_recall.json",
         "precision_recall.png",
         "predictions.png",
+        "provenance.json",
+        "report.html",
         "results.json",
     ]
     with Image.open(run / "predictions.png") as picture:
@@ -83,6 +89,11 @@ def test_trains_evaluates_draws_and_measures_again(
     assert table in capsys.readouterr().out
     for name in ("predictions", "errors", "precision_recall", "confusion_matrix"):
         assert (run / f"{name}_best_instances_val.png").exists()
+    page = read_page(run / "report.html")
+    assert page.tables["All classes"][0] == TWELVE
+    assert len(page.alternatives) == 4  # two images, each with its ground truth and its prediction
+    again = read_page(run / "report_best_instances_val.html")
+    assert again.tables == page.tables
     assert (run / "detections_best_instances_val.json").read_text() == (run / "detections.json").read_text()
     measured = json.loads((run / "results_best_instances_val.json").read_text())
     assert measured["results"] == load_checkpoint(run / "best.pt")["results"]

@@ -17,6 +17,7 @@ import train_seg
 from resnest_det.config import SegmentationSettings, load_settings
 from resnest_det.data.sample import write_sample_dataset
 from resnest_det.engine import load_checkpoint, read_metrics
+from tests.reports.pages import read_page
 from tests.tiny_configs import REPOSITORY, write_segmentation_config
 
 FOUR = ["mIoU", "mAcc", "aAcc", "fwIoU"]
@@ -61,10 +62,14 @@ def test_trains_evaluates_draws_and_measures_again(
         "best.pt",
         "config.toml",
         "curves.png",
+        "examples",
+        "examples.json",
         "last-1.pt",
         "last.pt",
         "metrics.jsonl",
         "predictions.png",
+        "provenance.json",
+        "report.html",
         "results.json",
     ]
     with Image.open(run / "predictions.png") as picture:
@@ -82,6 +87,10 @@ def test_trains_evaluates_draws_and_measures_again(
     assert train_seg.main(["--eval-only", str(run)]) == 0
     assert table in capsys.readouterr().out
     assert (run / "predictions_best_images-validation.png").exists()
+    page = read_page(run / "report.html")
+    assert page.tables["All classes"][0] == FOUR
+    assert len(page.alternatives) == 6  # two images, each with its ground truth and its prediction
+    assert read_page(run / "report_best_images-validation.html").tables == page.tables
     measured = json.loads((run / "results_best_images-validation.json").read_text())
     assert measured["results"] == load_checkpoint(run / "best.pt")["results"]
     assert measured["classes"][0]["name"] == "disc"
@@ -92,6 +101,7 @@ def test_trains_evaluates_draws_and_measures_again(
     assert other["results"] != measured["results"]
     assert json.loads((run / "results_best_images-validation.json").read_text()) == measured
     assert (run / "predictions_best_images-validation-2.png").exists()
+    assert read_page(run / "report_best_images-validation-2.html").tables["All classes"] != page.tables["All classes"]
 
 
 def test_a_resumed_run_equals_an_unbroken_one(

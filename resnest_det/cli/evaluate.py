@@ -25,8 +25,8 @@ def add(commands: SubParsers) -> None:
         "average precision and recall, of each class too, and what each kind of error costs. No images are needed. "
         "Masks are small, medium or large by their own area, as in detectron2, where pycocotools goes by the box if "
         "a detection has both.",
-        epilog="--output gets results.json, errors.json, confusion_matrix.json, and pictures of both and of precision "
-        "by recall; those of masks have _masks in their names.",
+        epilog="--output gets results.json, and errors, confusion_matrix and precision_recall, each as .json and as "
+        ".png; those of masks have _masks in their names.",
     )
     parser.add_argument("--annotations", required=True, metavar="FILE", help="the ground truth, a COCO instances file")
     parser.add_argument("--results", required=True, metavar="FILE", help="the detections, in COCO's format of results")

@@ -6,15 +6,18 @@ from resnest_det.evaluation.coco_results import read_coco_results, write_coco_re
 from resnest_det.evaluation.detection_errors import (
     ConfusionMatrix,
     ErrorBreakdown,
+    ImageF1,
     PrecisionRecall,
     confusion_matrix,
     error_breakdown,
+    error_meanings,
+    image_f1_scores,
     precision_recall,
 )
 from resnest_det.evaluation.detection_inference import DetectionInference
 from resnest_det.evaluation.image_boxes import ImageBoxes
 from resnest_det.evaluation.miou import ClassIoU, MeanIoU
-from resnest_det.evaluation.run import Metric, evaluate
+from resnest_det.evaluation.run import ImageMetric, Metric, evaluate
 from resnest_det.evaluation.segmentation import SegmentationInference
 
 __all__ = [
@@ -25,13 +28,17 @@ __all__ = [
     "DetectionInference",
     "ErrorBreakdown",
     "ImageBoxes",
+    "ImageF1",
+    "ImageMetric",
     "MeanIoU",
     "Metric",
     "PrecisionRecall",
     "SegmentationInference",
     "confusion_matrix",
     "error_breakdown",
+    "error_meanings",
     "evaluate",
+    "image_f1_scores",
     "non_maximum_suppression",
     "precision_recall",
     "read_coco_results",

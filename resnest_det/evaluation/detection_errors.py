@@ -110,6 +110,21 @@ class ConfusionMatrix:
 
 
 @dataclass(frozen=True)
+class ImageF1:
+    """What became of one image: detections that are right and wrong, objects that were missed, and their F1 score."""
+
+    right: int
+    wrong: int
+    missed: int
+
+    @property
+    def f1(self) -> float:
+        """The harmonic mean of precision and recall, in [0, 1]; 1 of an image without objects and detections."""
+        mistakes = self.wrong + self.missed
+        return 2 * self.right / (2 * self.right + mistakes) if self.right or mistakes else 1.0
+
+
+@dataclass(frozen=True)
 class ErrorEffect:
     """One kind of error: how often it occurs, and by how much AP rises, in [0, 1], if nothing but it is put right."""
 
@@ -133,23 +148,28 @@ class ErrorBreakdown:
 
     def table(self) -> str:
         """The breakdown as aligned text, 80 columns wide at most."""
-        foreground, background = f"{self.foreground_iou:g}", f"{self.background_iou:g}"
-        meanings = {
-            "classification": f"on an object of another class, IoU from {foreground}",
-            "localisation": f"right class, IoU {background} to {foreground}",
-            "both": f"another class, IoU {background} to {foreground}",
-            "duplicate": "on an object found with a higher score",
-            "background": f"on no object, IoU to {background}",
-            "missed": "object not found, no detection to correct",
-            "false positives": "all detections that are wrong",
-            "false negatives": "all objects that are not found",
-        }
-        lines = [f"AP of {'masks' if self.masks else 'boxes'} at IoU {foreground}: {self.AP:.4f}"]
+        meanings = error_meanings(self.foreground_iou, self.background_iou)
+        lines = [f"AP of {'masks' if self.masks else 'boxes'} at IoU {self.foreground_iou:g}: {self.AP:.4f}"]
         for effects in (self.main, self.special):
             lines += ["", f"{'error':<16}{'dAP':>8}{'count':>9}"]
             for name, effect in effects.items():
                 lines.append(f"{name:<16}{effect.delta_ap:>8.4f}{effect.count:>9}  {meanings[name]}")
         return "\n".join(lines)
+
+
+def error_meanings(foreground_iou: float, background_iou: float) -> dict[str, str]:
+    """What each kind of error is, in a few words, by the names of MAIN_ERRORS and SPECIAL_ERRORS."""
+    foreground, background = f"{foreground_iou:g}", f"{background_iou:g}"
+    return {
+        "classification": f"on an object of another class, IoU from {foreground}",
+        "localisation": f"right class, IoU {background} to {foreground}",
+        "both": f"another class, IoU {background} to {foreground}",
+        "duplicate": "on an object found with a higher score",
+        "background": f"on no object, IoU to {background}",
+        "missed": "object not found, no detection to correct",
+        "false positives": "all detections that are wrong",
+        "false negatives": "all objects that are not found",
+    }
 
 
 def precision_recall(
@@ -217,8 +237,7 @@ def confusion_matrix(
         ValueError: a threshold out of its range; a label that is not in `class_names`; masks asked for of images that
             have none.
     """
-    if not 0 <= score_threshold <= 1:
-        raise ValueError(f"score_threshold is {score_threshold}, expected a score in [0, 1]; 0 counts every detection")
+    _check_score(score_threshold)
     _check_iou("iou_threshold", iou_threshold)
     overlaps = _find_overlaps(images, class_names, min_score=score_threshold, masks=masks)
     candidates = np.flatnonzero(overlaps.pair_is_real & overlaps.reach(iou_threshold))
@@ -246,6 +265,49 @@ def confusion_matrix(
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
     )
+
+
+def image_f1_scores(
+    images: Iterable[ImageBoxes],
+    class_names: Mapping[int, str],
+    *,
+    score_threshold: float = 0.5,
+    iou_threshold: float = 0.5,
+    masks: bool = False,
+) -> list[ImageF1]:
+    """How well each image went, to find those that went best and worst.
+
+    Detections take objects of their class as in COCOeval, those of higher score first, and one that lies on a crowd
+    without taking an object is left out.
+
+    Args:
+        images: the images.
+        class_names: each label's name.
+        score_threshold: detections of a lower score are passed over, in [0, 1].
+        iou_threshold: the lowest IoU of a right detection with its object, in (0, 1].
+        masks: compares masks in place of boxes.
+
+    Returns:
+        One for each image, in their order.
+
+    Raises:
+        ValueError: a threshold out of its range; a label that is not in `class_names`; masks asked for of images that
+            have none.
+    """
+    _check_score(score_threshold)
+    _check_iou("iou_threshold", iou_threshold)
+    overlaps = _find_overlaps(images, class_names, min_score=score_threshold, masks=masks)
+    matched, left_out = overlaps.match(iou_threshold)
+    missed = overlaps.is_real & ~overlaps.hit(matched)
+    counts = (
+        np.bincount(image_indices, minlength=overlaps.num_images).tolist()
+        for image_indices in (
+            overlaps.found_images[matched >= 0],
+            overlaps.found_images[(matched < 0) & ~left_out],
+            overlaps.true_images[missed],
+        )
+    )
+    return [ImageF1(*row) for row in zip(*counts, strict=True)]
 
 
 def error_breakdown(
@@ -353,6 +415,9 @@ class _Overlaps:
     class_names: tuple[str, ...]
     found_labels: Indices  # (M,)
     true_labels: Indices  # (N,)
+    num_images: int
+    found_images: Indices  # (M,), the place of each detection's image
+    true_images: Indices  # (N,)
     is_real: Flags  # (N,), false for crowds
     pair_found: Indices  # (P,), a detection
     pair_true: Indices  # (P,), an object or crowd in its image
@@ -423,6 +488,7 @@ def _find_overlaps(
         raise ValueError(f"max_detections is {max_detections}, expected a whole number from 1; COCO's is 100")
     known = np.array(sorted(class_names), dtype=np.int64)
     found_labels, found_scores, true_labels, crowds = [], [], [], []
+    nums_found, nums_true = [], []
     pair_found, pair_true, pair_ious = [], [], []
     num_found = num_true = 0
     for number, image in enumerate(images):
@@ -439,6 +505,8 @@ def _find_overlaps(
         pair_found.append(found + num_found)
         pair_true.append(true + num_true)
         pair_ious.append(ious[found, true])
+        nums_found.append(len(chosen))
+        nums_true.append(len(image.true_labels))
         num_found += len(chosen)
         num_true += len(image.true_labels)
 
@@ -458,6 +526,9 @@ def _find_overlaps(
         class_names=tuple(class_names[label] for label in known.tolist()),
         found_labels=all_found,
         true_labels=all_true,
+        num_images=len(nums_found),
+        found_images=_repeated_places(nums_found)[by_score],
+        true_images=_repeated_places(nums_true),
         is_real=is_real,
         pair_found=found,
         pair_true=true,
@@ -501,6 +572,11 @@ def _positions(known: Indices, labels: Indices, source: str) -> Indices:
             f"the names of the metric that collected the images"
         )
     return np.searchsorted(known, labels)
+
+
+def _repeated_places(lengths: Sequence[int]) -> Indices:
+    """0, 1, 2, ..., each as often as `lengths` says."""
+    return np.repeat(np.arange(len(lengths)), np.array(lengths, dtype=np.int64))
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
@@ -550,6 +626,11 @@ def _kinds_of_error(
     kinds = np.select(conditions, [-1, LOCALISATION, CLASSIFICATION, DUPLICATE, BACKGROUND], default=BOTH)
     targets = np.select([kinds == LOCALISATION, kinds == CLASSIFICATION], [same_objects, other_objects], default=-1)
     return kinds, targets
+
+
+def _check_score(score_threshold: float) -> None:
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold is {score_threshold}, expected a score in [0, 1]; 0 counts every detection")
 
 
 def _check_iou(name: str, iou: float) -> None:

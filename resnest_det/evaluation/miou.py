@@ -55,8 +55,8 @@ class MeanIoU:
     """Mean IoU of a segmentation, its accuracies, and the results of each class.
 
     Feed it with `update`, call `merge` once when every process has seen its images, then `compute`;
-    `per_class`, `table` and `absent` read what `compute` left. Images are not told apart: in a distributed
-    run use a sampler that does not pad, as DistributedSampler would have some images counted twice.
+    `per_class`, `table` and `absent` read what `compute` left. Without names images are not told apart: in a
+    distributed run use a sampler that does not pad, as DistributedSampler would have some images counted twice.
 
     Args:
         class_names: each class's name, by its value in the masks: 0 to K-1.
@@ -100,10 +100,16 @@ class MeanIoU:
         num_classes = len(self.class_names)
         self._matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # row: truth, column: prediction
         self._num_images = 0
+        self._image_scores: dict[str, Tensor | float] = {}
         self._merged = False
         self._results: _Results | None = None
 
-    def update(self, predictions: Mapping[str, Tensor] | Sequence[Tensor] | Tensor, targets: Any) -> None:
+    def update(
+        self,
+        predictions: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+        targets: Any,
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Adds a batch of images. Nothing is added if it raises.
 
         Args:
@@ -112,10 +118,12 @@ class MeanIoU:
                 the mask are resized to it, bilinearly; the mask never is.
             targets: one mask (H, W) of integers an image, in the same order, in a list or stacked, on any
                 device: labels, or `ignore_index`.
+            names: of the images, such as those of their files; with them, `image_scores` has each image's.
 
         Raises:
             ValueError: predictions and targets differ in number; a tensor's shape or type is wrong; a label
-                map has another size than its mask; a label is not in `class_names`; a logit is NaN.
+                map has another size than its mask; a label is not in `class_names`; a logit is NaN; there is not
+                one name an image, or one came before.
         """
         if isinstance(predictions, Mapping):
             if "out" not in predictions:
@@ -128,13 +136,19 @@ class MeanIoU:
             raise ValueError(
                 f"{len(predictions)} predictions came for {len(targets)} masks; give one of each for every image"
             )
+        if names is not None:
+            self._check_names(names, len(targets))
         matrix = self._matrix
+        scores = []
         for position, (prediction, mask) in enumerate(zip(predictions, targets, strict=True)):
             counts = self._counts(prediction, mask, position)
+            if names is not None:
+                scores.append(_mean_iou(counts))
             # Not in place: a tensor made in inference mode refuses that outside of it.
             matrix = matrix.to(counts.device) + counts
         self._matrix = matrix
         self._num_images += len(targets)
+        self._image_scores.update(zip(names or (), scores, strict=True))
         self._results = None
 
     def merge(self) -> None:
@@ -144,16 +158,23 @@ class MeanIoU:
         process it changes nothing.
 
         Raises:
-            ValueError: the processes were brought together before, and every image would count twice.
+            ValueError: the processes were brought together before, and every image would count twice; or two of them
+                saw the same image, by its name.
         """
-        parts = gather_objects((self._matrix.cpu(), self._num_images, self._merged))
-        if any(merged for *_, merged in parts):
+        parts = gather_objects((self._matrix.cpu(), self._num_images, self._merged, self.image_scores))
+        if any(merged for _, _, merged, _ in parts):
             raise ValueError(
                 "merge() came twice, and every image would count more than once; call reset() before a new "
                 "evaluation and merge() once"
             )
+        merged_scores: dict[str, Tensor | float] = {}
+        for *_, scores in parts:
+            if repeated := merged_scores.keys() & scores.keys():
+                raise ValueError(_named_twice(min(repeated)))
+            merged_scores.update(scores)
         self._matrix = sum((matrix for matrix, *_ in parts), torch.zeros_like(parts[0][0]))
-        self._num_images = sum(num_images for _, num_images, _ in parts)
+        self._num_images = sum(num_images for _, num_images, *_ in parts)
+        self._image_scores = merged_scores
         self._merged = len(parts) > 1
         self._results = None
 
@@ -206,6 +227,14 @@ class MeanIoU:
             ValueError: `compute` has not run since images were last added.
         """
         return [row.name for row in self._computed().rows if row.IoU == -1]
+
+    @property
+    def image_scores(self) -> dict[str, float]:
+        """The mean IoU of each image that came with a name, by name; -1.0 where every pixel was ignored.
+
+        The mean is over the classes that occur in the image, in its truth or in its prediction.
+        """
+        return {name: float(self._image_scores[name]) for name in sorted(self._image_scores)}
 
     def table(self) -> str:
         """The four numbers and each class's results as aligned text, 80 columns wide at most; "-" for -1.
@@ -299,10 +328,35 @@ class MeanIoU:
                 )
         return labels.int()
 
+    def _check_names(self, names: Sequence[str], num_images: int) -> None:
+        if len(names) != num_images:
+            raise ValueError(f"{len(names)} names came for {num_images} images; give each image its own")
+        if repeated := [
+            name for place, name in enumerate(names) if name in self._image_scores or name in names[:place]
+        ]:
+            raise ValueError(_named_twice(repeated[0]))
+
     def _computed(self) -> _Results:
         if self._results is None:
             raise ValueError("there are no results of the images added so far: call compute() first")
         return self._results
+
+
+def _mean_iou(counts: Tensor) -> Tensor:
+    """The mean IoU of one image over the classes that occur in it, of one element; -1 where none does."""
+    found_or_true = counts.sum(dim=0) + counts.sum(dim=1)
+    right = counts.diagonal()
+    # Without a pixel of the class 0 is divided by 1: it adds nothing to the sum.
+    total = (right / (found_or_true - right).clamp(min=1)).sum()
+    occurring = (found_or_true > 0).sum()
+    return torch.where(occurring > 0, total / occurring.clamp(min=1), -1.0)
+
+
+def _named_twice(name: str) -> str:
+    return (
+        f"the image {name} came twice; every image counts once. Give images different names, call reset() before a new "
+        f"evaluation, and in a distributed run use a sampler that does not pad"
+    )
 
 
 def _is_label_map(value: Any) -> bool:

@@ -6,8 +6,8 @@ gave.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -34,6 +34,19 @@ class Metric(Protocol):
         ...
 
 
+@runtime_checkable
+class ImageMetric(Metric, Protocol):
+    """A metric that keeps each image's score besides, by the image's name."""
+
+    def update(self, predictions: Any, targets: Any, names: Sequence[str] | None = None) -> None:
+        """Take in one batch, and the names of its images."""
+
+    @property
+    def image_scores(self) -> Mapping[str, float]:
+        """The score of each image that came with a name."""
+        ...
+
+
 def evaluate(
     model: nn.Module,
     loader: Iterable[Any],
@@ -56,8 +69,8 @@ def evaluate(
         model: called with the images alone. A DistributedDataParallel model is run as the module it wraps.
         loader: yields batches that start with (images, targets), the images uint8 RGB: a list of (3, H, W)
             tensors or one (N, 3, H, W). They reach the model as float32 in [0, 1]. The targets stay where
-            they are.
-        metric: see `Metric`.
+            they are. What follows them are the images' names, where they are strings.
+        metric: see `Metric`; an `ImageMetric` gets the names too.
         predict: called as predict(model, images), returns the predictions where they take more than one call
             of the model; None: model(images).
         device: where the images go, which is where the model already is; None: the device of the model's
@@ -74,17 +87,22 @@ def evaluate(
         first_parameter = next(network.parameters(), None)
         device = torch.device("cpu") if first_parameter is None else first_parameter.device
     metric.reset()
+    image_metric = metric if isinstance(metric, ImageMetric) else None
     # tqdm reads None as "off where stderr is no terminal".
     bar = tqdm(loader, desc="evaluate", leave=False, disable=None if progress and rank() == 0 else True)
     training_modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.inference_mode():
-            for images, targets, *_ in bar:
+            for images, targets, *rest in bar:
                 if len(images) == 0:  # every image of the batch was unreadable, and skipped
                     continue
                 inputs = images_to_device(images, device)
-                metric.update(network(inputs) if predict is None else predict(network, inputs), targets)
+                predictions = network(inputs) if predict is None else predict(network, inputs)
+                if image_metric is not None and rest and _are_names(rest[0]):
+                    image_metric.update(predictions, targets, rest[0])
+                else:
+                    metric.update(predictions, targets)
     finally:
         bar.close()
         # Module by module, as train() on the whole would wake up batch norms that were frozen in eval mode.
@@ -92,3 +110,7 @@ def evaluate(
             module.training = was_training
     metric.merge()
     return metric.compute()
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)

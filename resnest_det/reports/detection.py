@@ -28,8 +28,7 @@ def write_detection_report(
 ) -> str:
     """Write into a folder what a metric's detections get wrong, as numbers and as pictures.
 
-    The files are `errors.json`, `errors.png`, `precision_recall.png`, `confusion_matrix.json` and
-    `confusion_matrix.png`.
+    The files are `errors`, `precision_recall` and `confusion_matrix`, each as `.json` and as `.png`.
 
     Without any object in the images there is nothing to write.
 
@@ -49,7 +48,19 @@ def write_detection_report(
     (folder / f"errors{suffix}.json").write_text(json.dumps(asdict(breakdown), indent=2) + "\n")
     curves = precision_recall(images, class_names, iou_thresholds=(0.5,), max_detections=limit, masks=masks)
     matrix = confusion_matrix(images, class_names, masks=masks)
-    confusions = {"class_names": [*matrix.class_names, "background"], "counts": matrix.counts.tolist()}
+    precisions = {
+        "class_names": curves.class_names,
+        "iou_threshold": curves.iou_thresholds[0],
+        "recalls": curves.recalls.round(2).tolist(),
+        "precisions": curves.precisions[0].round(4).tolist(),
+    }
+    (folder / f"precision_recall{suffix}.json").write_text(json.dumps(precisions) + "\n")
+    confusions = {
+        "class_names": [*matrix.class_names, "background"],
+        "counts": matrix.counts.tolist(),
+        "score_threshold": matrix.score_threshold,
+        "iou_threshold": matrix.iou_threshold,
+    }
     (folder / f"confusion_matrix{suffix}.json").write_text(json.dumps(confusions) + "\n")
     kind = "masks" if masks else "boxes"
     pictures = {

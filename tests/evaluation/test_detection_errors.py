@@ -21,7 +21,13 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from resnest_det.evaluation import CocoMeanAveragePrecision, confusion_matrix, error_breakdown, precision_recall
+from resnest_det.evaluation import (
+    CocoMeanAveragePrecision,
+    confusion_matrix,
+    error_breakdown,
+    image_f1_scores,
+    precision_recall,
+)
 from resnest_det.evaluation.detection_errors import MAIN_ERRORS, SPECIAL_ERRORS, ErrorBreakdown
 from resnest_det.evaluation.image_boxes import ImageBoxes
 
@@ -651,3 +657,63 @@ def test_labels_without_a_name() -> None:
 def test_errors_of_images_without_objects() -> None:
     with pytest.raises(ValueError, match="no objects"):
         error_breakdown([image_of([], [(1, HERE, 0.9)])], ANIMALS)
+
+
+# --- the score of each image ---
+
+
+def test_image_f1_by_hand() -> None:
+    images = [
+        image_of([(1, HERE), (2, THERE)], [(1, HERE, 0.9), (2, THERE, 0.8)]),
+        image_of([(1, HERE), (2, THERE)], [(2, HERE, 0.9), (2, THERE, 0.8), (2, THERE, 0.7)]),
+        image_of([], []),
+        image_of([], [(1, HERE, 0.9), (1, THERE, 0.4)]),
+        image_of([(1, HERE, True), (1, ELSEWHERE)], [(1, THIRD_OF_HERE, 0.9)]),  # on a crowd: neither right nor wrong
+    ]
+    scores = image_f1_scores(images, ANIMALS)
+    assert [(score.right, score.wrong, score.missed) for score in scores] == [
+        (2, 0, 0),
+        (1, 2, 1),  # the other class and the duplicate are wrong
+        (0, 0, 0),
+        (0, 1, 0),
+        (0, 0, 1),
+    ]
+    assert [score.f1 for score in scores] == [1.0, 0.4, 1.0, 0.0, 0.0]
+    assert [score.wrong for score in image_f1_scores(images, ANIMALS, score_threshold=0.3)] == [0, 2, 0, 2, 0]
+    assert image_f1_scores([], ANIMALS) == []
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_image_f1_is_that_of_each_image_alone(masks: bool) -> None:
+    """By COCOeval's own matching of one image: its precision and recall at the score threshold."""
+    images, class_names = random_images(0, masks=masks)
+    scores = image_f1_scores(images, class_names, score_threshold=0.5, masks=masks)
+    for image, score in zip(images, scores, strict=True):
+        certain = image.found_scores >= 0.5
+        kept = dataclasses.replace(
+            image,
+            found_boxes_xywh=image.found_boxes_xywh[certain],
+            found_labels=image.found_labels[certain],
+            found_scores=image.found_scores[certain],
+            found_masks=[mask for mask, keep in zip(image.found_masks or [], certain, strict=True) if keep]
+            if masks
+            else None,
+        )
+        num_objects = int((~image.true_crowds).sum())
+        if num_objects:
+            special = error_breakdown([kept], class_names, masks=masks, max_detections=1000).special
+            assert score.missed == special["false negatives"].count
+            assert score.wrong == special["false positives"].count
+            assert score.right == num_objects - score.missed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"score_threshold": 50}, "score_threshold is 50, expected"),
+        ({"iou_threshold": 0}, "iou_threshold has 0, expected"),
+    ],
+)
+def test_thresholds_of_image_f1(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_f1_scores([], ANIMALS, **arguments)

@@ -367,24 +367,31 @@ def gathered(rank: int, folder: str, splits: list[list[int]]) -> None:
     results = []
     for split in splits:
         mine = [index for index, process in enumerate(split) if process == rank]
-        metric = metric_of([predictions[index] for index in mine], [masks[index] for index in mine], num_classes)
+        metric = MeanIoU(named(num_classes))
+        names = [f"{index}.png" for index in mine]
+        metric.update([predictions[index] for index in mine], [masks[index] for index in mine], names)
         metric.merge()
-        results.append([metric.compute(), metric.table()])
+        results.append([metric.compute(), metric.table(), metric.image_scores])
     with pytest.raises(ValueError, match=r"merge\(\) came twice") as error:
         metric.merge()
     metric.reset()
     metric.update(predictions[:1], masks[:1])
     metric.merge()
+    metric.reset()
+    metric.update(predictions[:1], masks[:1], ["same.png"])
+    with pytest.raises(ValueError, match="the image same.png came twice"):
+        metric.merge()
     Path(folder, f"{rank}.json").write_text(json.dumps([results, str(error.value)]))
     dist.destroy_process_group()
 
 
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     predictions, masks, num_classes = random_case(1)
-    metric = metric_of(predictions, masks, num_classes)
-    metric.merge()
-    expected = [metric.compute(), metric.table()]
     num_images = len(masks)
+    metric = MeanIoU(named(num_classes))
+    metric.update(predictions, masks, [f"{index}.png" for index in range(num_images)])
+    metric.merge()
+    expected = [metric.compute(), metric.table(), metric.image_scores]
     splits = [
         [0] + [1] * (num_images - 1),
         [index % 2 for index in range(num_images)],
@@ -396,6 +403,45 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
         # JSON keeps every digit of a float.
         assert results == [expected] * len(splits)
         assert "every image would count more than once" in error
+
+
+# --- the score of each image ---
+
+
+def test_image_scores_by_hand() -> None:
+    metric = street()
+    masks = [labels([0, 0, 1, 1]), labels([IGNORED, IGNORED, IGNORED, IGNORED]), labels([2, 2, 2, IGNORED])]
+    found = [labels([0, 1, 1, 1]), labels([0, 1, 2, 0]), labels([2, 2, 2, 0])]
+    metric.update(found[:2], masks[:2], ["a", "b"])
+    metric.update(found[2:], masks[2:], ["c"])
+    metric.update(found[:1], masks[:1])  # without a name it counts, and has no score of its own
+    # Of a: 1 of 2 pixels of the road, 2 of 3 of the cars, and no sky; what is ignored in c is not wrong.
+    assert metric.image_scores == pytest.approx({"a": (1 / 2 + 2 / 3) / 2, "b": -1.0, "c": 1.0})
+    metric.reset()
+    assert metric.image_scores == {}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_images_score_is_the_mean_iou_of_it_alone(seed: int) -> None:
+    predictions, masks, num_classes = random_case(seed)
+    metric = MeanIoU(named(num_classes))
+    metric.update(predictions, masks, [str(index) for index in range(len(masks))])
+    for index, (prediction, mask) in enumerate(zip(predictions, masks, strict=True)):
+        alone = metric_of([prediction], [mask], num_classes).compute()["mIoU"]
+        assert metric.image_scores[str(index)] == pytest.approx(alone, abs=1e-6)
+
+
+def test_images_of_the_same_name() -> None:
+    metric = street()
+    mask = labels([0, 1])
+    metric.update([mask], [mask], ["a.png"])
+    with pytest.raises(ValueError, match="the image a.png came twice; every image counts once"):
+        metric.update([mask], [mask], ["a.png"])
+    with pytest.raises(ValueError, match="the image b.png came twice"):
+        metric.update([mask, mask], [mask, mask], ["b.png", "b.png"])
+    with pytest.raises(ValueError, match="1 names came for 2 images"):
+        metric.update([mask, mask], [mask, mask], ["b.png"])
+    assert metric.image_scores == {"a.png": 1.0}
 
 
 # --- mistakes ---

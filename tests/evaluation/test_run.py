@@ -260,3 +260,32 @@ def test_a_batch_of_skipped_images_is_passed_over() -> None:
     model = FixedDetector(BOX)
     assert evaluate(model, loader, cats())["AP"] == pytest.approx(1.0)
     assert len(model.seen) == 2
+
+
+class NamedScores:
+    """A metric that notes the names that it is given."""
+
+    def __init__(self) -> None:
+        self.image_scores: dict[str, float] = {}
+
+    def reset(self) -> None:
+        self.image_scores = {}
+
+    def update(self, predictions: Any, targets: Any, names: list[str] | None = None) -> None:
+        self.image_scores |= dict.fromkeys(names or ["unnamed"], float(len(targets)))
+
+    def merge(self) -> None:
+        pass
+
+    def compute(self) -> dict[str, float]:
+        return {}
+
+
+def test_a_metric_of_images_gets_their_names() -> None:
+    metric = NamedScores()
+    evaluate(FixedDetector(BOX), batches(range(2)), metric)
+    assert metric.image_scores == {"0.jpg": 1.0, "1.jpg": 1.0}
+    # What else a loader may give behind the targets is no name.
+    for rest in ([], [[7]], [torch.tensor([7])], [None]):
+        evaluate(FixedDetector(BOX), [(images, targets, *rest) for images, targets, _ in batches(range(2))], metric)
+        assert metric.image_scores == {"unnamed": 1.0}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from resnest_det.evaluation import CocoMeanAveragePrecision, confusion_matrix, error_breakdown
+from resnest_det.evaluation import CocoMeanAveragePrecision, confusion_matrix, error_breakdown, precision_recall
 from resnest_det.reports import write_detection_report
 
 
@@ -40,7 +40,17 @@ def test_writes_the_errors_and_their_pictures(masks: bool, tmp_path: Path) -> No
     matrix = confusion_matrix(metric.images.values(), metric.class_names, masks=masks)
     assert table == f"{expected.table()}\n\n{matrix.table(limit=10)}"
     counts = json.loads((tmp_path / "confusion_matrix_here.json").read_text())
-    assert counts == {"class_names": ["disc", "square", "background"], "counts": [[1, 1, 0], [0, 0, 1], [0, 0, 0]]}
+    assert counts == {
+        "class_names": ["disc", "square", "background"],
+        "counts": [[1, 1, 0], [0, 0, 1], [0, 0, 0]],
+        "score_threshold": 0.3,
+        "iou_threshold": 0.5,
+    }
+    curves = json.loads((tmp_path / "precision_recall_here.json").read_text())
+    of_class = precision_recall(metric.images.values(), metric.class_names, iou_thresholds=(0.5,), masks=masks)
+    assert curves["class_names"] == list(of_class.class_names)
+    np.testing.assert_allclose(curves["precisions"], of_class.precisions[0], atol=1e-4)
+    np.testing.assert_allclose(curves["recalls"], np.linspace(0, 1, 101), atol=1e-9)
     written = json.loads((tmp_path / "errors_here.json").read_text())
     assert written["main"]["classification"]["delta_ap"] == expected.main["classification"].delta_ap > 0
     pictures = ["confusion_matrix_here.png", "errors_here.png", "precision_recall_here.png"]
