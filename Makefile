@@ -1,10 +1,10 @@
-# make demo · make test · make check · make bench. Each sets up .venv first where that is needed.
+# make demo · make test · make check · make bench · make docs. Each sets up .venv first where that is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check bench setup clean
+.PHONY: demo test test-all check bench docs setup clean
 
 demo: $(READY)  ## train, evaluate and draw on a small generated data set: detection, then segmentation
 	$(BIN)/python train_det.py
@@ -28,6 +28,10 @@ bench: $(READY)  ## the figures of docs/benchmarks.md that a few minutes can mea
 	$(BIN)/python -m tests.benchmarks.deeplabv3plus
 	$(BIN)/python -m tests.benchmarks.activation_checkpointing
 	$(BIN)/python -m tests.benchmarks.detection_loader
+	$(BIN)/python -m tests.benchmarks.data_doctor
+
+docs: $(READY)  ## the documentation as a site: site/index.html, which opens without a server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet  # the theme warns of a major version that is excluded
 
 setup: $(READY)  ## only install
 
@@ -37,4 +41,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage

@@ -19,7 +19,8 @@ def eca_kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
 
     Args:
         channels: channels of the features, 1 or more.
-        gamma, beta: the paper's gamma and b; gamma is above 0.
+        gamma: the paper's gamma, above 0.
+        beta: the paper's b.
 
     Returns:
         An odd number, 3 or more. Cutting 1.9 gives 1, and an even number goes up by one.
@@ -37,7 +38,8 @@ class EfficientChannelAttention(nn.Module):
     Args:
         channels: channels of the input and of the output.
         kernel_size: neighbouring channels that make a gate, odd; None computes it by the paper's formula.
-        gamma, beta: the formula's gamma and b, see `eca_kernel_size`.
+        gamma: the formula's gamma, see `eca_kernel_size`.
+        beta: the formula's b.
 
     Shape:
         (N, channels) or (N, channels, ...), with any number of further dimensions. The output has the shape and
