@@ -20,13 +20,13 @@ def check_same_run(one: Path, other: Path) -> None:
 
 
 def check_same_state(one: Any, other: Any, path: str = "") -> None:
-    """Two checkpoints are equal to the last bit, but for the times that the journal keeps."""
+    """Two checkpoints are equal to the last bit, but for the times that the journal keeps and the folder of the run."""
     assert type(one) is type(other), path
     if isinstance(one, Tensor):
         assert torch.equal(one, other), path
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), path
-        for key in one.keys() - {"journal"}:
+        for key in one.keys() - {"journal", "dir"}:
             check_same_state(one[key], other[key], f"{path}.{key}")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), path

@@ -105,7 +105,16 @@ def test_trains_evaluates_draws_and_measures_again(
     assert load_settings(DetectionSettings, tmp_path / "run-2" / "config.toml").run.dir == str(tmp_path / "run-2")
 
 
-@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize(
+    "detector",
+    [
+        pytest.param("mask_rcnn", marks=pytest.mark.slow),
+        pytest.param("cascade_rcnn", marks=pytest.mark.slow),
+        "cascade_mask_rcnn",
+        "retinanet",
+        "fcos",
+    ],
+)
 def test_every_detector(detector: str, sample: Path, config: Path, tmp_path: Path) -> None:
     """What it was measured with is what its file of detections gives."""
     arguments = [f"model.detector={detector}", "model.fpn_channels=64", "eval.flip=true"]
@@ -319,7 +328,7 @@ def test_as_a_program(config: Path, tmp_path: Path) -> None:
     assert 'backbone = "resnet18"' in shown.stdout
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_sixteen_bits_with_a_tracker_and_everything_else(precision: str, config: Path, tmp_path: Path) -> None:
     arguments = [f"run.precision={precision}", "run.tensorboard=true", "optim.ema_decay=0.9", "optim.accumulate=2"]
     arguments += ["eval.precise_bn=2", "optim.layer_decay=0.8", "optim.schedule=one_cycle", "optim.epochs=2"]
