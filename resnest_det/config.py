@@ -833,6 +833,7 @@ def load_settings(cls: type[S], path: str | Path, overrides: Sequence[str] = ())
             value = _parse_value(text.strip(), keys[key])
             if _assign(content, key, value):
                 sources += [(name, "command line") for name in _keys_at(key, value)]
+    _check_task(cls, content, path)
     # An absent section is an empty one, so that what it requires is reported by its own key.
     for name, field in cls.model_fields.items():
         if field.is_required():
@@ -847,6 +848,17 @@ def load_settings(cls: type[S], path: str | Path, overrides: Sequence[str] = ())
         files = f"{path} and the overrides" if overrides else str(path)
         raise SettingsError(f"{count} in the settings of {files}:{lines}")
     return settings if settings.run.dir else with_run_folder(settings, f"runs/{path.stem}")
+
+
+def _check_task(cls: type[ExperimentSettings], content: Mapping[str, Any], path: Path) -> None:
+    """Refuse an experiment of the other script, of which next to nothing would be known."""
+    model = content.get("model")
+    for own, other, script in (
+        (DetectionSettings, "segmenter", "train_seg.py (train-seg)"),
+        (SegmentationSettings, "detector", "train_det.py (train-det)"),
+    ):
+        if issubclass(cls, own) and isinstance(model, Mapping) and other in model:
+            raise SettingsError(f"{path} has a model.{other}: it is an experiment of {script}")
 
 
 def parse_command_line(
@@ -902,7 +914,7 @@ def parse_command_line(
     parsed = parser.parse_intermixed_args(argv)
     resume: Path | None = parsed.resume
     eval_only: Path | None = parsed.eval_only
-    found = {argument: _find_config(argument, shipped_configs(shipped)) for argument in parsed.arguments}
+    found = {argument: _find_config(argument, shipped) for argument in parsed.arguments}
     configs = [path for path in found.values() if path]
     overrides = [argument for argument in parsed.arguments if not found[argument]]
     if parsed.deterministic:
@@ -1125,15 +1137,32 @@ def shipped_configs(folder: Path) -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.toml"))}
 
 
-def _find_config(argument: str, shipped: Mapping[str, Path]) -> Path | None:
-    """The config file that a positional argument names, by its path or by its name in `shipped`; None if it is none."""
+def _find_config(argument: str, folder: Path) -> Path | None:
+    """The config file that a positional argument names: by its path, or, in `folder`, by its name, with or without the
+    folder's own name before it; None if it is none.
+    """
     if re.match(r"[\w.\s]*=", argument):
         return None
-    if argument.endswith(".toml"):
-        return Path(argument)
-    if argument not in shipped and (near := get_close_matches(argument, shipped, 1)):
+    path = Path(argument)
+    if path.suffix == ".toml":
+        return path
+    shipped = shipped_configs(folder)
+    name = argument.removeprefix(f"{folder.name}/")
+    if name in shipped:
+        return shipped[name]
+    if (path / "config.toml").is_file():
+        raise SettingsError(
+            f"{argument} is a run folder: put --resume or --eval-only before it, or name its config.toml"
+        )
+    if path.is_dir():
+        raise SettingsError(f"{argument} is a folder, not an experiment; a data set's folder is data.root={argument}")
+    others = [task for task in folder.parent.iterdir() if task.is_dir() and task != folder]
+    for task in others:
+        if argument.removeprefix(f"{task.name}/") in shipped_configs(task):
+            raise SettingsError(f"{argument} is an experiment of train_{task.name}.py, train-{task.name}")
+    if near := get_close_matches(name, shipped, 1):
         raise SettingsError(f"there is no shipped experiment {argument!r}; did you mean {near[0]}?")
-    return shipped.get(argument)
+    return None
 
 
 def with_run_folder(settings: S, folder: str) -> S:

@@ -370,7 +370,8 @@ def test_configs(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("bcd", "bcd is not one of the experiments: det/bccd, "),
+        ("bcd", "bcd is not one of the 31 experiments; did you mean bccd?"),
+        ("yolo", "yolo is not one of the 31 experiments; resnest-det configs lists them"),
         ("sample", "sample is in det and in seg; name det/sample"),
     ],
 )
@@ -387,6 +388,8 @@ def test_training_commands_are_the_scripts(capsys: pytest.CaptureFixture[str]) -
     assert 'dir = "runs/bccd"' in printed
     assert main(["train-seg", "deeplabv3plus_resnest5"]) == 2
     assert "did you mean deeplabv3plus_resnest50?" in capsys.readouterr().err
+    assert main(["train-det", "deeplabv3plus_resnest50"]) == 2
+    assert "deeplabv3plus_resnest50 is an experiment of train_seg.py" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["train-det", "-h"])
     assert "usage: resnest-det train-det" in capsys.readouterr().out

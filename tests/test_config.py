@@ -951,6 +951,7 @@ def test_config_by_name(parse: Callable[..., Command], config: Path) -> None:
     assert command.config_path == other
     assert (command.settings.data.root, command.settings.optim.lr) == ("elsewhere", 0.5)
     assert command.settings.run.dir == "runs/other"
+    assert parse(f"{config.parent.name}/other").config_path == other
     with pytest.raises(SettingsError, match="there is no shipped experiment 'othr'; did you mean other"):
         parse("othr")
 
@@ -980,3 +981,17 @@ def test_mistaken_settings_in_data(config: Path, change: dict[str, Any], message
     content = settings_as_data(load_settings(DetectionSettings, config)) | change
     with pytest.raises(SettingsError, match=message):
         settings_from_data(content, "last.pt")
+
+
+def test_of_the_other_script(parse: Callable[..., Command], config: Path, run_folder: Path) -> None:
+    other = config.with_name("seg.toml")
+    other.write_text('[model]\nsegmenter = "deeplabv3plus"\n')
+    with pytest.raises(SettingsError, match=r"seg.toml has a model.segmenter: it is an experiment of train_seg.py"):
+        parse(other)
+    other.write_text('[model]\ndetector = "fcos"\n')
+    with pytest.raises(SettingsError, match=r"seg.toml has a model.detector: it is an experiment of train_det.py"):
+        load_settings(SegmentationSettings, other)
+    with pytest.raises(SettingsError, match=f"{run_folder} is a run folder: put --resume or --eval-only before it"):
+        parse(run_folder)
+    with pytest.raises(SettingsError, match=f"{config.parent} is a folder, not an experiment; .* data.root="):
+        parse(config.parent)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from resnest_det.data.sample import write_sample_dataset
 from tests.tiny_configs import REPOSITORY, write_detection_config
 
@@ -57,3 +59,29 @@ def test_training(site: Path, tmp_path: Path) -> None:
     mistaken = run(site, tmp_path, "train-seg", "sample", "optim.epoch=1")
     assert mistaken.returncode == 2
     assert "did you mean optim.epochs?" in mistaken.stderr
+
+
+@pytest.mark.slow
+def test_a_fresh_environment(site: Path, tmp_path: Path) -> None:
+    """What the package depends on is what it declares: nothing of the tests' own environment is there."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    programs = tmp_path / "venv" / "bin"
+    (wheel,) = site.parent.glob("*.whl")
+    install = [programs / "python", "-m", "pip", "install", "--quiet", "--constraint", REPOSITORY / "constraints.txt"]
+    subprocess.run([*install, wheel], check=True)
+    sample = tmp_path / "sample"
+    write_sample_dataset(sample, num_train=8, num_val=4)
+    config = write_detection_config(tmp_path / "det.toml", sample=sample, run=tmp_path / "run")
+    photo = sample / "val" / "000009.jpg"
+    assert photo.exists(), sorted((sample / "val").iterdir())
+    for words in (
+        ["train-det", config, "optim.epochs=1", "optim.warmup_steps=1"],
+        ["report", tmp_path / "run"],
+        ["train-det", config, "optim.epochs=1", "optim.warmup_steps=1", "run.seed=1", f"run.dir={tmp_path / 'other'}"],
+        ["compare", tmp_path / "run", tmp_path / "other"],
+        ["predict", tmp_path / "run", photo, "--output", tmp_path / "found"],
+        ["attention", photo, "--checkpoint", tmp_path / "run", "--output", tmp_path / "looked"],
+        ["doctor", sample],
+    ):
+        done = subprocess.run([programs / "resnest-det", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{words}: {done.stderr}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,16 +31,20 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.name is None:
         width = max(map(len, files))
         for name, file in files.items():
-            print(f"{name:{width}}  {_first_line(file)}")
+            print(f"{name:{width}}  {_first_sentence(file)}")
         return
     found = [file for name, file in files.items() if arguments.name in (name, name.partition("/")[2])]
     if not found:
-        raise ValueError(f"{arguments.name} is not one of the experiments: {', '.join(files)}")
+        near = get_close_matches(arguments.name, [*files, *(name.partition("/")[2] for name in files)], 1)
+        hint = f"did you mean {near[0]}?" if near else "resnest-det configs lists them"
+        raise ValueError(f"{arguments.name} is not one of the {len(files)} experiments; {hint}")
     if len(found) > 1:
         raise ValueError(f"{arguments.name} is in det and in seg; name det/{arguments.name} or seg/{arguments.name}")
     print(f"# {found[0]}\n{found[0].read_text()}", end="")
 
 
-def _first_line(file: Path) -> str:
+def _first_sentence(file: Path) -> str:
     """What a configuration's header begins with."""
-    return file.read_text().partition("\n")[0].removeprefix("#").strip()
+    header = file.read_text().partition("\n#\n")[0]
+    text = " ".join(line.removeprefix("#").strip() for line in header.splitlines())
+    return f"{text.partition('. ')[0].rstrip('.')}."
