@@ -223,7 +223,7 @@ def detection_score(index: int = 0) -> Score:
     """
 
     def score(output: Any) -> Tensor:
-        if not isinstance(output, list) or "scores" not in output[0]:
+        if not (isinstance(output, list) and output and isinstance(output[0], Mapping) and "scores" in output[0]):
             raise ValueError(f"detection_score is of a list of detections, and the model returned {_described(output)}")
         scores: Tensor = output[0]["scores"]
         _check_index("detection", index, len(scores), "detections")
@@ -316,11 +316,12 @@ def grad_cam(
         for context in (torch.inference_mode(False), torch.enable_grad(), _uncompiled(), _RootsWithGradients()):
             stack.enter_context(context)
         for name in names:
-            stack.callback(_submodule(model, name).register_forward_hook(partial(keep, name)).remove)
+            stack.callback(find_layer(model, name).register_forward_hook(partial(keep, name)).remove)
         transform = getattr(model, "transform", None)
         if isinstance(transform, GeneralizedRCNNTransform):
             stack.callback(transform.register_forward_hook(note_size).remove)
-        output = model(image[None])
+        # Autograd refuses what torch.inference_mode() made, but not its copy.
+        output = model((image.clone() if image.is_inference() else image)[None])
         value = score(output)
         leaves = [_only(name, outputs) for name, outputs in features.items()]
         gradients = (
@@ -377,7 +378,12 @@ def _default_layers(model: nn.Module) -> list[str]:
     return found
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
+def find_layer(model: nn.Module, name: str) -> nn.Module:
+    """The module of a model by its name.
+
+    Raises:
+        ValueError: there is none; the message says which name is nearest.
+    """
     modules = dict(model.named_modules())
     if name not in modules:
         nearest = difflib.get_close_matches(name, modules, n=1, cutoff=0)[0]
@@ -401,4 +407,6 @@ def _described(value: Any) -> str:
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
         return f"a dict of {', '.join(map(str, value))}"
+    if value == []:
+        return "an empty list"
     return f"a {type(value).__name__}"

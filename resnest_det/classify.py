@@ -122,6 +122,23 @@ class Classifier:
         )
         return F.pil_to_tensor(F.center_crop(resized, [self.preprocessing.crop] * 2))
 
+    def normalised(self, prepared: Tensor) -> Tensor:
+        """Prepared images as the network takes them: float32 on its device, normalised with ImageNet's statistics.
+
+        Args:
+            prepared: uint8 RGB (..., 3, crop, crop), of `prepare`.
+        """
+        pixels: Tensor = images_to_device(prepared, self.device)
+        return (pixels - self._mean) / self._std
+
+    def check_num_classes(self, num_classes: int) -> None:
+        """Raise a ValueError where a network of so many outputs has not as many class names."""
+        if num_classes != len(self.class_names):
+            raise ValueError(
+                f"the network has {num_classes} classes, but {len(self.class_names)} class names were given; "
+                f"give one name for each output, in their order"
+            )
+
     @torch.inference_mode()
     def rank(self, prepared: Tensor) -> list[list[Prediction]]:
         """The most probable classes of each prepared image, the most probable first.
@@ -129,13 +146,8 @@ class Classifier:
         Args:
             prepared: uint8 RGB (N, 3, crop, crop), of `prepare`.
         """
-        pixels = images_to_device(prepared, self.device)
-        logits = self.net((pixels - self._mean) / self._std)  # (N, classes)
-        if logits.shape[1] != len(self.class_names):
-            raise ValueError(
-                f"the network has {logits.shape[1]} classes, but {len(self.class_names)} class names were given; "
-                f"give one name for each output, in their order"
-            )
+        logits = self.net(self.normalised(prepared))  # (N, classes)
+        self.check_num_classes(logits.shape[1])
         probabilities, indices = logits.float().softmax(1).topk(self.top_k)  # (N, top_k)
         return [
             [Prediction(index, self.class_names[index], value) for index, value in zip(*pair, strict=True)]

@@ -48,6 +48,10 @@ class SettingsError(ValueError):
     """A mistake in the settings or on the command line; the message lists every mistake found."""
 
 
+class OtherTaskError(SettingsError):
+    """Settings of a detection experiment read as those of segmentation, or the other way round."""
+
+
 class Section(BaseModel):
     """A table of settings: immutable, without unknown keys, and strict ("yes" is no boolean, 1.5 no integer)."""
 
@@ -850,6 +854,32 @@ def load_settings(cls: type[S], path: str | Path, overrides: Sequence[str] = ())
     return settings if settings.run.dir else with_run_folder(settings, f"runs/{path.stem}")
 
 
+def load_either_settings(path: str | Path, overrides: Sequence[str] = ()) -> DetectionSettings | SegmentationSettings:
+    """The settings of a TOML file of either task, as load_settings reads them: of the one that they fit.
+
+    Raises:
+        SettingsError: they fit both, or neither; then the mistakes are those of the task that fits better.
+    """
+    fitting: list[DetectionSettings | SegmentationSettings] = []
+    errors: list[SettingsError] = []
+    kinds: tuple[type[DetectionSettings | SegmentationSettings], ...] = (DetectionSettings, SegmentationSettings)
+    for cls in kinds:
+        try:
+            fitting.append(load_settings(cls, path, overrides))
+        except OtherTaskError:
+            continue
+        except SettingsError as error:
+            errors.append(error)
+    if len(fitting) > 1:
+        raise SettingsError(
+            f"{path} may be for detection or for segmentation; add model.detector=faster_rcnn or "
+            f"model.segmenter=deeplabv3plus to it, or as an override"
+        )
+    if not fitting:
+        raise min(errors, key=lambda error: str(error).count("\n"))
+    return fitting[0]
+
+
 def _check_task(cls: type[ExperimentSettings], content: Mapping[str, Any], path: Path) -> None:
     """Refuse an experiment of the other script, of which next to nothing would be known."""
     model = content.get("model")
@@ -858,7 +888,7 @@ def _check_task(cls: type[ExperimentSettings], content: Mapping[str, Any], path:
         (SegmentationSettings, "detector", "train_det.py (train-det)"),
     ):
         if issubclass(cls, own) and isinstance(model, Mapping) and other in model:
-            raise SettingsError(f"{path} has a model.{other}: it is an experiment of {script}")
+            raise OtherTaskError(f"{path} has a model.{other}: it is an experiment of {script}")
 
 
 def parse_command_line(
@@ -1135,6 +1165,33 @@ class _ArgumentParser(argparse.ArgumentParser):
 def shipped_configs(folder: Path) -> dict[str, Path]:
     """The config files of a folder by their names, in alphabetical order."""
     return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
+def shipped_experiments(folder: Path) -> dict[str, Path]:
+    """The config files below `configs/`, by their names with their folder's before them, such as det/sample."""
+    tasks = sorted(task for task in folder.iterdir() if task.is_dir())
+    return {f"{task.name}/{name}": file for task in tasks for name, file in shipped_configs(task).items()}
+
+
+def find_experiment(name: str, folder: Path) -> Path:
+    """The config file of a shipped experiment by its name, with or without its folder's before it.
+
+    Args:
+        name: such as det/sample, or bccd.
+        folder: `configs/`.
+
+    Raises:
+        ValueError: there is no such experiment, or one in each folder.
+    """
+    files = shipped_experiments(folder)
+    found = [full for full in files if name in (full, full.partition("/")[2])]
+    if not found:
+        near = get_close_matches(name, [*files, *(full.partition("/")[2] for full in files)], 1)
+        hint = f"did you mean {near[0]}?" if near else "resnest-det configs lists them"
+        raise ValueError(f"{name} is not one of the {len(files)} shipped experiments; {hint}")
+    if len(found) > 1:
+        raise ValueError(f"{name} is in det and in seg; name det/{name} or seg/{name}")
+    return files[found[0]]
 
 
 def _find_config(argument: str, folder: Path) -> Path | None:

@@ -65,6 +65,7 @@ from resnest_det.engine.journal import Hook, load_hook
 from resnest_det.engine.tensorboard import TensorBoard
 from resnest_det.layers import describe_norms, norm_warnings
 from resnest_det.reports import note_end, note_evaluation, note_start, write_run_report
+from resnest_det.reports.page import write_whole
 from resnest_det.visualize import draw_curves
 
 S = TypeVar("S", bound=ExperimentSettings)
@@ -116,9 +117,13 @@ def run_script(
                 if folder is None or not (folder / "last.pt").exists():
                     print(f"stopped by {interrupted}; there is nothing to resume", file=sys.stderr)
                     return 130
-                launcher = f"torchrun --nproc-per-node {local_world_size()}" if world_size() > 1 else "python"
-                called = prog if prog.endswith(".py") else f"-m {prog.replace('resnest-det', 'resnest_det')}"
-                command_line = f"{launcher} {called} --resume {folder}"
+                is_script = prog.endswith(".py")
+                if world_size() > 1:
+                    module = prog if is_script else f"-m {prog.replace('resnest-det', 'resnest_det')}"
+                    called = f"torchrun --nproc-per-node {local_world_size()} {module}"
+                else:
+                    called = f"python {prog}" if is_script else prog.replace("resnest-det", _own_program(), 1)
+                command_line = f"{called} --resume {folder}"
                 print(f"stopped by {interrupted}; all of it is saved. To go on: {command_line}", flush=True)
     except (ValueError, OSError, FloatingPointError) as error:
         process = os.environ.get("RANK", "0")
@@ -126,6 +131,11 @@ def run_script(
         print(f"{source}error: {error_message(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _own_program() -> str:
+    """What the command resnest-det was called as, such as .venv/bin/resnest-det."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "resnest-det" else "python -m resnest_det"
 
 
 @contextmanager
@@ -164,7 +174,8 @@ def _determinism(wanted: bool) -> Iterator[None]:
 def run_folder(command: Command[S], class_names: dict[int, str]) -> Iterator[tuple[Path, dict[str, Any] | None]]:
     """The folder of a run, and the checkpoint to go on from: a new folder with the settings in it, or the resumed one.
 
-    An error within the block leaves its traceback in the folder, in `error.txt`; a script prints the message alone.
+    An error within the block leaves its traceback in the folder, in `error.txt`, of another process than the first in
+    `error-RANK.txt`; a script prints the message alone.
     Every process sees the same folder.
 
     Args:
@@ -188,6 +199,10 @@ def run_folder(command: Command[S], class_names: dict[int, str]) -> Iterator[tup
         folder = gather_objects(folder)[0]
     if rank() == 0:
         note_start(folder, select_device(command.settings.run.device))
+        for file in folder.glob("error-*.txt"):  # of a start with more processes
+            number = file.stem.removeprefix("error-")
+            if number.isdecimal() and int(number) >= world_size():
+                file.unlink(missing_ok=True)
     report = folder / ("error.txt" if rank() == 0 else f"error-{rank()}.txt")
     report.unlink(missing_ok=True)
     try:
@@ -196,7 +211,7 @@ def run_folder(command: Command[S], class_names: dict[int, str]) -> Iterator[tup
         stop.run_folder = folder
         raise
     except Exception:
-        report.write_text(traceback.format_exc())
+        report.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
         raise
 
 
@@ -324,9 +339,15 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         return path
     best = path / "best.pt"
-    if not best.exists():
+    if best.exists():
+        return best
+    if (path / "last.pt").exists():
         raise ValueError(f"{path} has no best.pt: the run was not evaluated yet; name its last.pt, or resume it")
-    return best
+    if (path / "config.toml").exists():
+        raise ValueError(f"{path} has no checkpoint: the run ended before it wrote one; begin it anew")
+    runs = sorted(folder.parent.name for folder in path.glob("*/best.pt"))
+    hint = f"it holds the runs {', '.join(runs)}" if runs else "name a run folder or a checkpoint's file"
+    raise ValueError(f"{path} is no run folder: it has no config.toml and no checkpoint; {hint}")
 
 
 def write_results(
@@ -350,11 +371,10 @@ def write_results(
     }
     text = json.dumps(content, indent=2) + "\n"
     file, number = path, 1
-    while file.exists() and file.read_text() != text:
+    while file.exists() and file.read_bytes() != text.encode():
         number += 1
         file = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    file.write_text(text)
-    return file
+    return write_whole(file, text)
 
 
 def write_evaluation(
@@ -429,7 +449,8 @@ def run_report(
             note_end(folder, skipped=skipped, warnings=warned)
         else:
             note_evaluation(folder, evaluated_on, suffix=suffix, skipped=skipped, warnings=warned)
-        print(f"report: {write_run_report(folder, suffix=suffix)}")
+        # That of the run is of its newest measurement, whatever the number in its files' names.
+        print(f"report: {write_run_report(folder, suffix=suffix if evaluated_on else '')}")
 
 
 @contextmanager

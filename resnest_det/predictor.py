@@ -1,4 +1,4 @@
-"""A checkpoint and images -> predictions, made as the evaluation of the checkpoint's run makes them."""
+"""A checkpoint and images -> predictions, at the sizes of its run's evaluation, in its tiles or windows, in float32."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from resnest_det.build import build_detection_inference, build_detector, build_i
 from resnest_det.config import (
     DetectionSettings,
     SegmentationSettings,
-    SettingsError,
-    load_settings,
+    find_experiment,
+    load_either_settings,
     settings_from_data,
-    shipped_configs,
 )
 from resnest_det.data import ADE20K_CLASS_NAMES, ADE20K_PALETTE
-from resnest_det.data.files import channels_first, describe_near, read_rgb, rgb_pixels
+from resnest_det.data.files import channels_first, describe_near, listed, read_rgb, rgb_pixels
 from resnest_det.data.mask_folder import MAX_CLASSES
 from resnest_det.distributed import images_to_device, select_device
 from resnest_det.experiment import find_checkpoint
@@ -43,8 +42,8 @@ class Predictor:
     """A trained model that takes images as they come, and answers in their pixels.
 
     The model is run as its run evaluates it, at the same sizes, and mirrored, in tiles or in windows where the settings
-    say so; in float32. Images of one size go through it together, and sizes one after the other, so that no image's
-    predictions depend on which others it came with.
+    say so; always in float32, where the evaluation may compute in the run's precision. Images of one size go through it
+    together, and sizes one after the other, so that no image's predictions depend on which others it came with.
 
     Args:
         model: a detector or a segmentation model with its weights. It is moved to the device and put into evaluation
@@ -146,6 +145,12 @@ class Predictor:
             model_settings = settings.model.model_copy(update={"score_threshold": lower})
             settings = settings.model_copy(update={"model": model_settings})
         labelled = _by_label(names, settings)
+        trained = content.get("class_names")
+        if trained and len(labelled) != len(trained):
+            raise ValueError(
+                f"class_names has {len(labelled)} names, but {file} was trained on {len(trained)} classes: "
+                f"{listed(trained.values())}; give one name for each, or none"
+            )
         num_classes = max(labelled) + 1  # a detector's background is label 0, and counts
         model = (
             build_detector(settings.model, num_classes, load_weights=False)
@@ -195,12 +200,20 @@ class Predictor:
             predictions.update(zip(places, self._predict(batch), strict=True))
         return [predictions[place] for place in range(len(inputs))]
 
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse an image of which resizing would leave nothing, as a call does.
+
+        Raises:
+            ValueError: the image is too long and narrow.
+        """
+        if isinstance(self.settings, DetectionSettings):
+            _check_proportions(self.model, (height, width), self.settings.eval)
+
     def _predict(self, batch: list[Tensor]) -> list[dict[str, Tensor]]:
         """The predictions of images (3, H, W) of one size, float in [0, 1], on the device."""
         if self.task == "segmentation":
             return [{"out": labels.cpu()} for labels in self._segment(self.model, batch)]
-        if self._detect is None:
-            _check_proportions(self.model, batch[0].shape[-2:])
+        self.check_size(*batch[0].shape[-2:])
         found = self.model(batch) if self._detect is None else self._detect(self.model, batch)
         return [_on_cpu(detections, batch[0].shape[-2:], self.score_threshold) for detections in found]
 
@@ -286,12 +299,17 @@ def _type_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _check_proportions(model: Any, size: Sequence[int]) -> None:
+def _check_proportions(model: Any, size: Sequence[int], settings: Any) -> None:
     """Refuse an image of which the detector's resizing would leave nothing: torchvision names no cause."""
     short, long = sorted(size)
-    if int(short * min(model.transform.min_size[-1] / short, model.transform.max_size / long)) < 1:
+    if settings.tile and not settings.whole_image:
+        long = min(long, settings.tile)
+    least, bound = model.transform.min_size[-1], model.transform.max_size
+    if settings.short_sides:  # where max_side is 0, the model's bound grows and shrinks with the short side
+        bound = settings.max_side or round(bound * min(settings.short_sides) / least)
+    if int(short * (bound / long)) < 1:
         raise ValueError(
-            f"an image is {size[1]} x {size[0]} pixels: resized to a long side of {model.transform.max_size} it would "
+            f"an image is {size[1]} x {size[0]} pixels: resized to a long side of {bound} it would "
             f"have less than a pixel on its short side; cut it into pieces, or use eval.tile"
         )
 
@@ -357,31 +375,8 @@ def _read_config(config: str | Path) -> Settings:
     """The settings of a file, or of a shipped one by its name; of which task they are shows in what they fit."""
     path = Path(config)
     if path.suffix != ".toml":
-        shipped = {
-            f"{task}/{name}": file
-            for task in ("det", "seg")
-            for name, file in shipped_configs(shipped_file("configs") / task).items()
-        }
-        if str(config) not in shipped:
-            raise ValueError(
-                f"config is {config}, neither a file that ends in .toml nor a shipped experiment: {', '.join(shipped)}"
-            )
-        path = shipped[str(config)]
-    kinds: list[type[DetectionSettings | SegmentationSettings]] = [DetectionSettings, SegmentationSettings]
-    fitting: list[Settings] = []
-    mistakes: list[SettingsError] = []
-    for kind in kinds:
-        try:
-            fitting.append(load_settings(kind, path, ["data.root=."]))  # no data are read, and many files name none
-        except SettingsError as error:
-            mistakes.append(error)
-    if len(fitting) > 1:
-        raise ValueError(
-            f"the settings of {path} fit a detector and a segmentation model; name model.detector or model.segmenter"
-        )
-    if not fitting:
-        raise min(mistakes, key=lambda error: str(error).count("\n"))  # of the kind that fits better
-    return fitting[0]
+        path = find_experiment(str(config), shipped_file("configs"))
+    return load_either_settings(path, ["data.root=."])  # no data are read, and many files name none
 
 
 def _by_label(class_names: Mapping[int, str] | Sequence[str], settings: Settings) -> dict[int, str]:

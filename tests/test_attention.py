@@ -672,6 +672,9 @@ def test_detections_and_segments_that_are_not_there() -> None:
     image = torch.rand(3, 64, 64)
     with pytest.raises(ValueError, match="detection 500 is not among the model's 100 detections"):
         grad_cam(detector, image, detection_score(500))
+    for nothing in ([], [torch.zeros(2)]):
+        with pytest.raises(ValueError, match="detection_score is of a list of detections, and the model returned"):
+            detection_score(0)(nothing)
     with pytest.raises(ValueError, match="class_score is of logits .* the model returned a list"):
         grad_cam(detector, image, class_score(0))
     model = deeplabv3plus(create_backbone("resnet18", output_stride=16), 3, head_channels=8).eval()
@@ -684,6 +687,14 @@ def test_detections_and_segments_that_are_not_there() -> None:
         grad_cam(model, image, segment_score(2, torch.zeros(64, 64)))
     with pytest.raises(ValueError, match="label 3 is not among the model's 3 classes"):
         grad_cam(model, image, segment_score(3))
+
+
+def test_an_image_of_inference_mode() -> None:
+    net = seeded(small_net())
+    with torch.inference_mode():
+        image = torch.rand(3, 8, 8)
+        heat = grad_cam(net, image, class_score(0))
+    torch.testing.assert_close(heat, grad_cam(net, image.clone(), class_score(0)), rtol=0, atol=0)
 
 
 def test_where_nothing_speaks_for_the_score_the_map_is_zero() -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -216,6 +217,19 @@ def test_classify_a_file_whose_name_is_no_text(
     assert (tmp_path / "out.txt").read_bytes().startswith(name + b"\n")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_every_command_writes_a_name_that_is_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    def say(arguments: Namespace) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            print(os.fsdecode(b"caf\xe9"), file=stream)
+
+    monkeypatch.setattr("resnest_det.cli.sample._run", say)
+    assert main(["sample", str(tmp_path)]) == 0
+    assert capsysbinary.readouterr() == (b"caf\xe9\n", b"caf\xe9\n")
+
+
 @pytest.fixture
 def annotations(tmp_path: Path) -> str:
     """A file of two images and three squares, in the categories 4 and 7."""
@@ -370,8 +384,8 @@ def test_configs(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("bcd", "bcd is not one of the 31 experiments; did you mean bccd?"),
-        ("yolo", "yolo is not one of the 31 experiments; resnest-det configs lists them"),
+        ("bcd", "bcd is not one of the 31 shipped experiments; did you mean bccd?"),
+        ("yolo", "yolo is not one of the 31 shipped experiments; resnest-det configs lists them"),
         ("sample", "sample is in det and in seg; name det/sample"),
     ],
 )

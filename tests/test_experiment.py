@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -32,6 +33,27 @@ def test_a_report_is_written_at_the_end(run: Path, capsys: pytest.CaptureFixture
     last = json.loads((run / "provenance.json").read_text())[-1]
     assert last["skipped"] == ["broken.jpg"]
     assert last["seconds"] >= 0
+
+
+def test_the_report_is_of_the_newest_measurement(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "results-2.json").write_text((run / "results.json").read_text())
+    with run_report(run, [], suffix="-2"):
+        pass
+    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
+    assert "this is measurement 2, of results-2.json" in read_page(run / "report.html").text
+
+
+def test_a_resumed_run_forgets_the_errors_of_all_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnest_det.config import Command, DetectionSettings
+
+    for name in ("error.txt", "error-1.txt", "error-x.txt"):
+        (run / name).write_text("ValueError: once")
+    monkeypatch.setattr(experiment, "load_last", lambda folder: {})
+    monkeypatch.setattr(experiment, "check_class_names", lambda *arguments: None)
+    settings = DetectionSettings.model_validate(tomllib.loads((run / "config.toml").read_text()))
+    command = Command(settings=settings, config_path=run / "config.toml", resume=run, eval_only=None)
+    with experiment.run_folder(command, {}):
+        assert [file.name for file in run.glob("error*.txt")] == ["error-x.txt"]
 
 
 def test_pictures_that_fail_leave_the_rest_of_the_report(run: Path) -> None:

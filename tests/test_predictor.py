@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -373,7 +374,7 @@ def test_names_by_label_may_have_holes(detector: Path) -> None:
 def test_shipped_settings_by_name(tmp_path: Path, detector: Path) -> None:
     with pytest.raises(ValueError, match=r"the tensors of .*best\.pt are not those of this FasterRCNN"):
         Predictor.from_checkpoint(detector, config="det/sample")
-    with pytest.raises(ValueError, match=r"config is det/none, neither a file .* nor a shipped .*: det/bccd, "):
+    with pytest.raises(ValueError, match="det/none is not one of the 31 shipped experiments"):
         Predictor.from_checkpoint(detector, config="det/none")
 
 
@@ -444,12 +445,30 @@ def test_image_too_long_for_a_detector(detector: Path) -> None:
     assert len(predictor.predict_batch([pixels(1, 96), pixels(96, 1)])) == 2
     with pytest.raises(ValueError, match=r"an image is 97 x 1 pixels: resized to a long side of 96 it would have less"):
         predictor(pixels(1, 97))
+    predictor.check_size(1, 96)
+    with pytest.raises(ValueError, match=r"an image is 97 x 1 pixels"):
+        predictor.check_size(1, 97)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_refused"),
+    [
+        (["eval.flip=true"], True),
+        (["eval.short_sides=[64,96]"], True),
+        (["eval.tile=64"], False),
+        (["eval.tile=64", "eval.whole_image=true"], True),
+    ],
+)
+def test_image_too_long_in_several_passes(change: list[str], is_refused: bool, tmp_path: Path) -> None:
+    predictor = Predictor.from_checkpoint(write_run(tmp_path, "det", *change), device="cpu")
+    with pytest.raises(ValueError, match="an image is 400 x 1 pixels") if is_refused else nullcontext():
+        predictor(pixels(1, 400))
 
 
 def test_wrong_checkpoints(detector: Path, segmenter: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no run folder or checkpoint .*none\.pt; .* holds no \.pt files"):
         Predictor.from_checkpoint(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match=r"has no best\.pt: the run was not evaluated yet"):
+    with pytest.raises(ValueError, match=r"is no run folder: it has no config\.toml and no checkpoint"):
         Predictor.from_checkpoint(tmp_path)
     (tmp_path / "text.pt").write_text("no checkpoint")
     with pytest.raises(ValueError, match=r"text\.pt is damaged, or not plain data"):
@@ -474,9 +493,7 @@ def test_wrong_settings(detector: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.score_threshhold .* did you mean model\.score_threshold"):
         Predictor.from_checkpoint(detector, config=config)
     config.write_text("[model]\nbackbone = 'resnet18'\n")
-    with pytest.raises(
-        ValueError, match=r"fit a detector and a segmentation model; name model\.detector or model\.seg"
-    ):
+    with pytest.raises(ValueError, match="may be for detection or for segmentation; add model.detector=faster_rcnn or"):
         Predictor.from_checkpoint(detector, config=config)
 
 
@@ -485,6 +502,11 @@ def test_wrong_class_names(detector: Path, segmenter: Path) -> None:
         (detector, {0: "disc", 1: "square"}, r"has the label 0 'disc', but label 0 is the background"),
         (segmenter, {-1: "wall"}, r"has the label -1 'wall', but labels count from 0"),
         (detector, [], r"class_names is empty"),
+        (
+            detector,
+            ["one", "two"],
+            r"class_names has 2 names, but .*best\.pt was trained on 3 classes: .*; give one name",
+        ),
         (detector, "disc", r"class_names is the text 'disc'; give a list"),
         (segmenter, ["x"] * 255, r"class_names has 255 classes; a label map of 8 bits holds at most 254"),
     ]

@@ -261,6 +261,10 @@ def test_a_run_without_evaluation_has_no_best_checkpoint(
     assert train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1"]) == 0
     (tmp_path / "run" / "best.pt").unlink()
     assert "has no best.pt: the run was not evaluated yet" in explained(capsys, "--eval-only", tmp_path / "run")
+    for file in (tmp_path / "run").glob("*.pt"):
+        file.unlink()
+    message = explained(capsys, "--eval-only", tmp_path / "run")
+    assert f"{tmp_path / 'run'} has no checkpoint: the run ended before it wrote one; begin it anew" in message
 
 
 def test_weights_from_elsewhere_are_measured_in_a_folder_of_their_own(config: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Each sub-command is one file here: its `add` makes the parser, with its argument
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         user's mistake, which is printed to stderr; 130 after Ctrl-C. As usual with argparse, `--help`, `--version` and
         words it cannot parse raise SystemExit.
     """
+    # "surrogateescape" writes a file's name that is no valid UTF-8 as it stands on disk.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="surrogateescape")
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in train.SCRIPTS:
         return train.run(words[0], words[1:])

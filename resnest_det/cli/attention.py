@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,12 +26,13 @@ from resnest_det.attention import (
     attention_layers,
     class_score,
     detection_score,
+    find_layer,
     grad_cam,
     record_attention,
     segment_score,
 )
 from resnest_det.classify import load_classifier, read_class_names
-from resnest_det.data.files import read_rgb
+from resnest_det.data.files import UnreadableImageError, read_rgb
 from resnest_det.data.image_search import find_images
 from resnest_det.distributed import images_to_device
 from resnest_det.predictor import Predictor
@@ -39,7 +41,7 @@ from resnest_det.visualize.attention import draw_channel_weights, draw_grad_cam,
 if TYPE_CHECKING:
     from resnest_det.cli import SubParsers
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in [0, 1]
+_FIGURES = ("shares", "channels", "spatial", "grad_cam")
 _CLEAR_SHARE = 0.75  # from which a split has a channel nearly to itself
 
 Task = Literal["classification", "detection", "segmentation"]
@@ -115,49 +117,103 @@ class _Target:
     box: Tensor | None = None
 
 
-def _run(arguments: argparse.Namespace) -> None:
+@dataclass
+class _Seen:
+    """What is kept of a picture."""
+
+    arrays: dict[str, Array]  # by their names in the .npz
+    figures: dict[str, Array]  # RGB, by what stands in their files' names, of _FIGURES
+    grad_cam: str  # a line about it
+    layers: str  # lines about the attention layers
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if (arguments.backbone is None) == (arguments.checkpoint is None):
         raise ValueError("give --backbone and --weights for a classifier, or --checkpoint for a run: one of the two")
-    files = find_images(arguments.images, leave_out=[arguments.output])
+    files = _find_pictures(arguments.images, arguments.output)
     network = _load_classifier(arguments) if arguments.backbone else _load_run(arguments)
     if arguments.detection is not None and network.task != "detection":
         raise ValueError(f"--detection is for detectors, and this is a model for {network.task}; leave it out")
     if arguments.detection is not None and arguments.detection < 1:
         raise ValueError(f"--detection is {arguments.detection}; the best is 1")
     label = None if arguments.wanted is None else _find_class(arguments.wanted, network.class_names)
+    if arguments.layer is not None:
+        find_layer(network.model, arguments.layer)  # refused here: it would be missing for every picture
     arguments.output.mkdir(parents=True, exist_ok=True)
-    has_attention = bool(attention_layers(network.model))
-    if not has_attention:
+    if not attention_layers(network.model):
         print("the network has no attention layers: Grad-CAM is all there is to see")
-    for file, name in zip(files, _names(files), strict=True):
-        picture, image = network.see(file)
-        recording: AbstractContextManager[Mapping[str, LayerAttention]] = nullcontext({})
-        if has_attention:
-            recording = record_attention(network.model)
-        with recording as record, torch.no_grad():
-            output = network.model(image[None])
-        arrays: dict[str, Array] = {
-            f"{layer.kind}/{path}": layer.weights[0].numpy() for path, layer in record.items() if layer.calls
-        }
-        written = _draw_attention(arguments.output / name, picture, _visible_part(network, image), record)
-        print(f"{file}")
-        target = _target(network, output, label, arguments.detection)
-        if target is None:
-            print("  nothing is detected, so that there is no Grad-CAM")
-        else:
-            heat = grad_cam(network.model, image, target.score, layer=arguments.layer).cpu()
-            heat = _resized(heat[None], picture.shape[:2])[0]  # of a segmentation model, which saw another size
-            arrays["grad_cam"] = heat.numpy()
-            written.append(arguments.output / f"{name}_grad_cam.png")
-            title = f"{target.name}: where the evidence is"
-            _save(written[-1], draw_grad_cam(picture, heat, title=title, box_xyxy=target.box))
-            row, column = np.unravel_index(int(heat.argmax()), tuple(heat.shape))
-            where = arguments.layer or ("layer4" if network.task == "classification" else "the stages under the head")
-            peak = f"brightest at x {column}, y {row}" if heat.any() else "nothing speaks for it"
-            print(f"  Grad-CAM of {target.name}, at {where}: {peak}")
-        np.savez_compressed(arguments.output / f"{name}.npz", **arrays, image=picture)  # type: ignore[arg-type]
-        print(_summary(record), end="")
-        print(f"  written: {', '.join(str(path) for path in [*written, arguments.output / f'{name}.npz'])}")
+    skipped = []
+    for file, name in zip(files, _names(files, arguments.output), strict=True):
+        try:
+            seen = _look(network, file, label, arguments)
+        except ValueError as error:
+            skipped.append(str(error) if isinstance(error, UnreadableImageError) else f"{file}: {error}")
+            continue
+        written = [arguments.output / f"{name}_{what}.png" for what in seen.figures]
+        arrays = arguments.output / f"{name}.npz"
+        np.savez_compressed(arrays, **seen.arrays)  # type: ignore[arg-type]
+        for path, figure in zip(written, seen.figures.values(), strict=True):
+            Image.fromarray(figure).save(path)
+        print(f"{file}\n  {seen.grad_cam}\n{seen.layers}  written: {', '.join(map(str, [*written, arrays]))}")
+    for reason in skipped:
+        print(f"skipped: {reason}", file=sys.stderr)
+    return 1 if skipped else 0
+
+
+def _look(network: _Network, file: Path, label: int | None, arguments: argparse.Namespace) -> _Seen:
+    """What the network attends to in a picture.
+
+    Args:
+        network: what looks at it.
+        file: the picture.
+        label: of the class that is asked for.
+        arguments: the command's, of which `detection` and `layer` count.
+
+    Raises:
+        UnreadableImageError: the file cannot be decoded; a ValueError.
+        ValueError: what is asked for is not in the picture, or the picture cannot be resized.
+    """
+    picture, image = network.see(file)
+    recording: AbstractContextManager[Mapping[str, LayerAttention]] = nullcontext({})
+    if attention_layers(network.model):
+        recording = record_attention(network.model)
+    with recording as record, torch.no_grad():
+        output = network.model(image[None])
+    arrays: dict[str, Array] = {
+        f"{layer.kind}/{path}": layer.weights[0].numpy() for path, layer in record.items() if layer.calls
+    }
+    figures = _draw_attention(picture, _visible_part(network, image), record)
+    target = _target(network, output, label, arguments.detection)
+    said = "nothing is detected, so that there is no Grad-CAM"
+    if target is not None:
+        heat = grad_cam(network.model, image, target.score, layer=arguments.layer).cpu()
+        heat = _resized(heat[None], picture.shape[:2])[0]  # of a segmentation model, which saw another size
+        arrays["grad_cam"] = heat.numpy()
+        title = f"{target.name}: where the evidence is"
+        figures["grad_cam"] = draw_grad_cam(picture, heat, title=title, box_xyxy=target.box)
+        row, column = np.unravel_index(int(heat.argmax()), tuple(heat.shape))
+        where = arguments.layer or ("layer4" if network.task == "classification" else "the stages under the head")
+        peak = f"brightest at x {column}, y {row}" if heat.any() else "nothing speaks for it"
+        said = f"Grad-CAM of {target.name}, at {where}: {peak}"
+    return _Seen(arrays | {"image": picture}, figures, said, _summary(record))
+
+
+def _find_pictures(images: Sequence[str], output: Path) -> list[Path]:
+    """The images that are meant, without the figures that an earlier call wrote, unless these are named."""
+    named = set(map(Path, images))
+    folder = output.resolve()
+    files = [
+        file for file in find_images(images) if file in named or file.parent.resolve() != folder or not _is_figure(file)
+    ]
+    if not files:
+        raise FileNotFoundError(f"there are only figures of an earlier call in {', '.join(images)}; name your images")
+    return files
+
+
+def _is_figure(file: Path) -> bool:
+    """Whether a file is called as a figure is, and lies beside the arrays that a figure is made of."""
+    ending = next((f"_{what}.png" for what in _FIGURES if file.name.endswith(f"_{what}.png")), None)
+    return ending is not None and file.with_name(f"{file.name.removesuffix(ending)}.npz").is_file()
 
 
 def _load_classifier(arguments: argparse.Namespace) -> _Network:
@@ -172,10 +228,10 @@ def _load_classifier(arguments: argparse.Namespace) -> _Network:
 
     def see(file: Path) -> tuple[Array, Tensor]:
         crop = classifier.prepare(file)  # (3, crop, crop)
-        pixels: Tensor = images_to_device(crop, classifier.device)
-        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (_MEAN, _STD))
-        return crop.permute(1, 2, 0).numpy(), (pixels - mean) / std
+        return crop.permute(1, 2, 0).numpy(), classifier.normalised(crop)
 
+    assert isinstance(classifier.net.fc, nn.Linear)
+    classifier.check_num_classes(classifier.net.fc.out_features)
     names = dict(enumerate(classifier.class_names))
     return _Network("classification", classifier.net, names, see)
 
@@ -188,6 +244,7 @@ def _load_run(arguments: argparse.Namespace) -> _Network:
 
     def see(file: Path) -> tuple[Array, Tensor]:
         picture = read_rgb(file, 0, 0)  # of no expected size, so always turned
+        predictor.check_size(*picture.shape[:2])
         image: Tensor = images_to_device(torch.from_numpy(picture).permute(2, 0, 1), predictor.device)
         if predictor.task == "segmentation":  # which a detector does by itself
             image = _resized(image, _segmenter_size(image, predictor.settings.eval))
@@ -259,12 +316,11 @@ def _target(network: _Network, output: Any, label: int | None, rank: int | None)
 
 
 def _draw_attention(
-    stem: Path, picture: Array, visible: tuple[float, float], record: Mapping[str, LayerAttention]
-) -> list[Path]:
-    """The figures of what was recorded of one image; their files.
+    picture: Array, visible: tuple[float, float], record: Mapping[str, LayerAttention]
+) -> dict[str, Array]:
+    """The figures of what was recorded of one image.
 
     Args:
-        stem: the files' path without what tells them apart.
         picture: what was seen.
         visible: see _visible_part.
         record: of one image.
@@ -285,7 +341,7 @@ def _draw_attention(
             channels[path] = values[0]
         else:
             shares[path] = values
-    figures = {}
+    figures: dict[str, Array] = {}
     if shares:
         is_kernel = any(layer.kind == "branch" for layer in record.values())
         title = f"how each layer's channels are divided among its {'branches' if is_kernel else 'splits'}"
@@ -294,7 +350,7 @@ def _draw_attention(
         figures["channels"] = draw_channel_weights(_short(channels), title="by what each layer multiplies its channels")
     if maps:
         figures["spatial"] = draw_spatial_maps(picture, _short(maps), title="by what each layer multiplies positions")
-    return [_save(stem.with_name(f"{stem.name}_{what}.png"), figure) for what, figure in figures.items()]
+    return figures
 
 
 def _summary(record: Mapping[str, LayerAttention]) -> str:
@@ -334,23 +390,24 @@ def _num_shared(paths: Sequence[Sequence[str]]) -> int:
     return next((index for index, column in enumerate(columns) if len(set(column)) > 1), len(columns))
 
 
-def _names(files: Sequence[Path]) -> list[str]:
-    """What the files of each image are called: by its stem, with a number behind it where others have the same."""
-    names: list[str] = []
+def _names(files: Sequence[Path], output: Path) -> list[str]:
+    """What the files of each image are called: by its stem, with a number behind it where that is taken.
+
+    It is taken by another image, or where a figure would replace an image.
+    """
+    inputs = {file.resolve() for file in files}
+    folder = output.resolve()
+    last: Counter[str] = Counter()  # number behind each stem
+    names: dict[str, None] = {}
     for file in files:
-        name, number = file.stem, 1
-        while name in names:
-            number += 1
-            name = f"{file.stem}_{number}"
-        names.append(name)
-    return names
+        name = file.stem
+        while not last[file.stem] or name in names or any(folder / f"{name}_{what}.png" in inputs for what in _FIGURES):
+            last[file.stem] += 1
+            name = file.stem if last[file.stem] == 1 else f"{file.stem}_{last[file.stem]}"
+        names[name] = None
+    return list(names)
 
 
 def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps (C, H, W) bilinearly at another height and width."""
     return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-
-
-def _save(path: Path, picture: Array) -> Path:
-    Image.fromarray(picture).save(path)
-    return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -86,9 +85,6 @@ def _run(arguments: argparse.Namespace) -> None:
         f"{preprocessing.crop}; {classifier.device}",
         file=sys.stderr,
     )
-    # "surrogateescape" writes a file's name that is no valid UTF-8 as it stands on disk.
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="surrogateescape")
     # Opened before the long work, which would be lost where the file cannot be written.
     opened = output.open("w", encoding="utf-8", errors="surrogateescape") if output else nullcontext(sys.stdout)
     with opened as stream:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnest_det.config import shipped_configs
+from resnest_det.config import find_experiment, shipped_experiments
 from resnest_det.shipped import shipped_file
 
 if TYPE_CHECKING:
@@ -27,20 +26,14 @@ def add(commands: SubParsers) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     folder = shipped_file("configs")
-    files = {f"{task}/{name}": file for task in ("det", "seg") for name, file in shipped_configs(folder / task).items()}
-    if arguments.name is None:
-        width = max(map(len, files))
-        for name, file in files.items():
-            print(f"{name:{width}}  {_first_sentence(file)}")
+    if arguments.name is not None:
+        file = find_experiment(arguments.name, folder)
+        print(f"# {file}\n{file.read_text()}", end="")
         return
-    found = [file for name, file in files.items() if arguments.name in (name, name.partition("/")[2])]
-    if not found:
-        near = get_close_matches(arguments.name, [*files, *(name.partition("/")[2] for name in files)], 1)
-        hint = f"did you mean {near[0]}?" if near else "resnest-det configs lists them"
-        raise ValueError(f"{arguments.name} is not one of the {len(files)} experiments; {hint}")
-    if len(found) > 1:
-        raise ValueError(f"{arguments.name} is in det and in seg; name det/{arguments.name} or seg/{arguments.name}")
-    print(f"# {found[0]}\n{found[0].read_text()}", end="")
+    files = shipped_experiments(folder)
+    width = max(map(len, files))
+    for name, file in files.items():
+        print(f"{name:{width}}  {_first_sentence(file)}")
 
 
 def _first_sentence(file: Path) -> str:

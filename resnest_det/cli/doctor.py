@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,25 +18,22 @@ from resnest_det.config import (
     DetectionSettings,
     DetectorSettings,
     SegmentationSettings,
-    SettingsError,
-    load_settings,
-    shipped_configs,
+    find_experiment,
+    load_either_settings,
 )
 from resnest_det.data import ADE20K_CLASS_NAMES, read_class_list
+from resnest_det.data.mask_folder import IMAGE_SUFFIXES, MASK_SUFFIXES
 from resnest_det.reports.anchor_fit import Anchors
 from resnest_det.reports.coco_doctor import examine_coco
 from resnest_det.reports.data_doctor import DataReport
 from resnest_det.reports.data_folders import Splits, find_coco_splits, find_image_folder, find_mask_splits
+from resnest_det.reports.lenient_coco import read_leniently
 from resnest_det.reports.mask_doctor import examine_masks
 from resnest_det.shipped import shipped_file
 
 if TYPE_CHECKING:
     from resnest_det.cli import SubParsers
-
-_KINDS: dict[str, type[DetectionSettings | SegmentationSettings]] = {
-    "det": DetectionSettings,
-    "seg": SegmentationSettings,
-}
+_SUFFIXES = (IMAGE_SUFFIXES, MASK_SUFFIXES)
 
 
 def add(commands: SubParsers) -> None:
@@ -84,19 +83,56 @@ def _run(arguments: argparse.Namespace) -> int:
     if json_file and not json_file.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {json_file.parent} for {json_file.name}; create it")
     if output:
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"--output {output} is a file; name a folder")
         output.mkdir(parents=True, exist_ok=True)  # before the long work
+    _spare(arguments, [Path(arguments.data).expanduser(), arguments.classes])
     report = _examine(arguments)
-    print(report.table())
-    content = json.dumps(report.as_dict(), indent=2) + "\n"
+    content = (json.dumps(report.as_dict(), indent=2) + "\n").encode()
+    written = ""
     if json_file:
-        json_file.write_text(content)
+        _write(json_file, content)
     if output:
-        (output / "doctor.json").write_text(content)
+        _write(output / "doctor.json", content)
         picture = report.draw()
         if picture is not None:
-            Image.fromarray(picture).save(output / "doctor.png")
-        print(f"\nfindings{' and pictures' if picture is not None else ''}: {output}")
+            encoded = io.BytesIO()
+            Image.fromarray(picture).save(encoded, "PNG")
+            _write(output / "doctor.png", encoded.getvalue())
+        written = f"\n\nfindings{' and pictures' if picture is not None else ''}: {output}"
+    unopened = "\n\n--fast: no image and no mask was opened" if arguments.fast else ""
+    print(report.table() + unopened + written)  # when all is written, as a terminal may refuse a file's name
     return 1 if report.has_errors else 0
+
+
+def _targets(arguments: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """The files that are written and are already there, with their flags."""
+    output: Path | None = arguments.output
+    targets = [("--json", arguments.json)]
+    targets += [("--output", output / name) for name in ("doctor.json", "doctor.png") if output]
+    yield from ((flag, path) for flag, path in targets if path and path.exists())
+
+
+def _spare(arguments: argparse.Namespace, inputs: Sequence[Path | None]) -> None:
+    """Refuse to write over what is examined."""
+    for flag, target in _targets(arguments):
+        for path in inputs:
+            if path and path.is_file() and target.samefile(path):
+                raise ValueError(f"{flag} would overwrite {target}, which is examined; name another place")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write the file whole or not at all."""
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_bytes(content)
+        return
+    path = path.resolve()  # a link stays one
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _examine(arguments: argparse.Namespace) -> DataReport:
@@ -134,33 +170,13 @@ def _examine(arguments: argparse.Namespace) -> DataReport:
 
 def _load_config(name: str, overrides: Sequence[str]) -> DetectionSettings | SegmentationSettings:
     """The settings of a file, or of a shipped configuration by its name."""
-    kinds = list(_KINDS.values())
     file = Path(name).expanduser()
     if file.suffix != ".toml":
-        folder = shipped_file("configs")
-        files = {f"{task}/{stem}": path for task in _KINDS for stem, path in shipped_configs(folder / task).items()}
-        found = [full for full in files if name in (full, full.partition("/")[2])]
-        if not found:
-            raise FileNotFoundError(
-                f"{name} is neither a folder or file nor one of the shipped configurations, {', '.join(files)}"
-            )
-        if len(found) > 1:
-            raise ValueError(f"{name} is in det and in seg; name det/{name} or seg/{name}")
-        kinds, file = [_KINDS[found[0].partition("/")[0]]], files[found[0]]
-    fitting, errors = [], []
-    for kind in kinds:
         try:
-            fitting.append(load_settings(kind, file, overrides))
-        except SettingsError as error:
-            errors.append(error)
-    if not fitting:
-        raise min(errors, key=lambda error: str(error).count("\n"))  # the kind that is meant has fewer mistakes
-    if len(fitting) > 1:
-        raise ValueError(
-            f"{file} may be for detection or for segmentation; add model.detector=faster_rcnn or "
-            f"model.segmenter=deeplabv3plus to it, or as an override"
-        )
-    return fitting[0]
+            file = find_experiment(name, shipped_file("configs"))
+        except ValueError as error:
+            raise ValueError(f"there is no folder or file {name}, and {error}") from None
+    return load_either_settings(file, overrides)
 
 
 def _examine_detection(settings: DetectionSettings, arguments: argparse.Namespace) -> DataReport:
@@ -191,6 +207,7 @@ def _examine_segmentation(settings: SegmentationSettings, arguments: argparse.Na
     root, classes = Path(data.root).expanduser(), data.classes
     if data.sample is not None:
         root, classes = build_mask_set(data, "train").folder.parents[1], "classes.txt"
+    _spare(arguments, [root / classes if classes else None])
     class_names = read_class_list(root / classes) if classes else ADE20K_CLASS_NAMES
     if data.sample is not None or data.layout == "ade20k":
         splits = {name: (root / "images" / name, root / "annotations" / name) for name in ("training", "validation")}
@@ -221,6 +238,7 @@ def _examine_folder(folder: Path, arguments: argparse.Namespace) -> DataReport:
         first = arguments.first_class_value
     if arguments.ignore_value is not None:
         ignored = arguments.ignore_value
+    _spare(arguments, [class_list])
     class_names = read_class_list(class_list) if class_list else ADE20K_CLASS_NAMES
     return _examine_masks(found.splits, class_names, first, None if ignored < 0 else ignored, arguments)
 
@@ -228,6 +246,13 @@ def _examine_folder(folder: Path, arguments: argparse.Namespace) -> DataReport:
 def _examine_coco(
     splits: Splits, arguments: argparse.Namespace, *, masks: bool = False, anchors: Anchors | None = None
 ) -> DataReport:
+    _spare(arguments, [file for _, file in splits.values()])
+    for _, target in _targets(arguments):
+        path = target.resolve()
+        for folder, file in splits.values():
+            if path.is_relative_to(folder.resolve()):  # it may be one of the images
+                names = read_leniently(file).file_names
+                _spare(arguments, [folder / name for name in names if name.endswith(path.name)])
     return examine_coco(
         splits,
         masks=masks,
@@ -245,6 +270,11 @@ def _examine_masks(
     ignore_value: int | None,
     arguments: argparse.Namespace,
 ) -> DataReport:
+    for _, target in _targets(arguments):
+        path = target.resolve()
+        for folder, suffixes in (pair for both in splits.values() for pair in zip(both, _SUFFIXES, strict=True)):
+            if path.suffix.lower() in suffixes and path.is_relative_to(folder.resolve()):
+                _spare(arguments, [path])
     return examine_masks(
         splits,
         class_names,

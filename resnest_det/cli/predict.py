@@ -58,6 +58,11 @@ class _Job:
     frames: Path  # of a video: what is in each of its frames
     legend: Path  # of a video that is segmented
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """All that may be written."""
+        return (self.drawn, self.frames, self.legend) if self.is_video else (self.drawn, self.mask)
+
 
 def add(commands: SubParsers) -> None:
     """Add the command's parser."""
@@ -69,7 +74,7 @@ def add(commands: SubParsers) -> None:
         "windows.",
         epilog=f"DIR gets {_RESULTS}; pictures/, every image and video drawn, under the name and in the folders that "
         "it has below the folder that all of them share; masks/ of a segmentation model; frames/ of videos. What "
-        "cannot be read is skipped and named, and the exit status is then 1.",
+        "cannot be read, resized or drawn is skipped and named, and the exit status is then 1.",
     )
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder, or a file of weights")
     parser.add_argument(
@@ -175,7 +180,7 @@ def _plan(files: Sequence[Path], folders: Sequence[Path]) -> list[_Job]:
         )
     places: dict[Path, Path] = {}
     for job in jobs:
-        for place in (job.drawn, job.frames if job.is_video else job.mask):
+        for place in job.places:
             if place in places:
                 raise ValueError(
                     f"{places[place]} and {job.file} would both be written to {place}; predict them one after the "
@@ -189,11 +194,10 @@ def _check_output(output: Path, jobs: Sequence[_Job]) -> None:
     """Refuse an output that may hold what must not be replaced."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; name a folder")
-    inputs = {job.file.resolve() for job in jobs}
-    for job in jobs:
-        for place in (job.drawn, job.mask):
-            if (output / place).resolve() in inputs:
-                raise ValueError(f"--output {output} would replace the image {job.file}; name another folder")
+    inputs = {job.file.resolve(): job.file for job in jobs}
+    for place in (Path(_RESULTS), *(place for job in jobs for place in job.places)):
+        if replaced := inputs.get((output / place).resolve()):
+            raise ValueError(f"--output {output} would replace the input {replaced}; name another folder")
     if output.is_dir() and any(output.iterdir()) and not (output / _RESULTS).exists():
         raise ValueError(
             f"--output {output} holds other things than predictions, which might be replaced; name a folder that is "
@@ -218,8 +222,10 @@ def _predict_images(
     for job in jobs:
         try:
             pixels[job] = read_rgb(job.file, 0, 0)  # of no expected size, so always turned as EXIF says
-        except UnreadableImageError as error:
-            results["skipped"].append({"file": str(job.file), "reason": str(error)})
+            predictor.check_size(*pixels[job].shape[:2])
+        except ValueError as error:
+            pixels.pop(job, None)
+            _skip(job, error, results)
     predictions = predictor.predict_batch(list(pixels.values()))
     for (job, image), prediction in zip(pixels.items(), predictions, strict=True):
         height, width = image.shape[:2]
@@ -232,6 +238,13 @@ def _predict_images(
             _save_mask(prediction["out"], predictor, _made(output / job.mask))
             record["mask"] = job.mask.as_posix()
         results["images"].append(record | _describe_prediction(predictor, prediction))
+
+
+def _skip(job: _Job, error: ValueError | OSError, results: dict[str, Any]) -> None:
+    """Note a file that cannot be predicted, or a video that cannot be drawn, with a reason that names the file."""
+    is_named = isinstance(error, UnreadableImageError | UnreadableVideoError)
+    reason = str(error) if is_named else f"{job.file}: {error}"
+    results["skipped"].append({"file": str(job.file), "reason": reason})
 
 
 def _save_mask(labels: Tensor, predictor: Predictor, path: Path) -> None:
@@ -285,8 +298,9 @@ def _predict_video(
     """Predict a video's frames in batches, write them as they come, and note the video in the results."""
     try:
         video = VideoReader(job.file)
-    except UnreadableVideoError as error:
-        results["skipped"].append({"file": str(job.file), "reason": str(error)})
+        predictor.check_size(*video.size)
+    except ValueError as error:
+        _skip(job, error, results)
         return
     areas: Counter[int] = Counter()  # of each label that is seen, for the legend
     num_frames = 0
@@ -304,7 +318,11 @@ def _predict_video(
                 described = when | _describe_prediction(predictor, prediction)
                 print(json.dumps(described, ensure_ascii=False), file=lines)
                 if draws:
-                    drawn.write(_draw_frame(predictor, frame, prediction))
+                    try:
+                        drawn.write(_draw_frame(predictor, frame, prediction))
+                    except OSError as error:
+                        _skip(job, error, results)
+                        draws = False
                 for found in described.get("classes", ()):
                     areas[found["label"]] += found["share"]
                 num_frames += 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -181,6 +182,24 @@ def channels_first(image: NDArray[np.uint8]) -> Tensor:
     planes = np.empty((3, *image.shape[:2]), np.uint8)
     cv2.split(image, list(planes))  # a tenth of the time of permute(2, 0, 1).contiguous()
     return torch.from_numpy(planes)
+
+
+def walk_folders(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below it, links followed, each with the names of its files; what is hidden is passed over.
+
+    A link to a folder that it lies in itself is not followed: there would be no end.
+    """
+    above: dict[Path, frozenset[tuple[int, int]]] = {}  # the folders that one lies in, by device and inode
+    for name, folders, files in os.walk(folder, followlinks=True):
+        parent = Path(name)
+        status = parent.stat()
+        entered, own = above.pop(parent, frozenset()), (status.st_dev, status.st_ino)
+        if own in entered:
+            folders.clear()
+            continue
+        folders[:] = [inner for inner in folders if not inner.startswith(".")]
+        above.update(dict.fromkeys((parent / inner for inner in folders), entered | {own}))
+        yield parent, [file for file in files if not file.startswith(".")]
 
 
 def describe_near(path: Path, suffix: str) -> str:

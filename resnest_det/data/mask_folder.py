@@ -25,6 +25,7 @@ from resnest_det.data.files import (
     pack_names,
     read_rgb,
     unpack_name,
+    walk_folders,
 )
 
 MaskedImage: TypeAlias = tuple[Tensor, Tensor]
@@ -158,7 +159,9 @@ class MaskFolder(ImageFiles[MaskedImage]):
         if 0 in values:
             fixes.append("where 0 is the first class, use first_class_value=0; where it is none, ignore_value=0")
         if values == [self.num_classes] and self._first_value == 0:
-            fixes.append("where the first class is 1 in the masks, use first_class_value=1")
+            fixes.append(
+                "where the first class is 1 in the masks, use first_class_value=1, and ignore_value=0 where 0 is none"
+            )
         raise ValueError(
             f"{path} holds values that are no class: {listed(values)}; {self._values_text()}; "
             f"{'; '.join(fixes) or 'correct the mask or the class list'}"
@@ -252,12 +255,10 @@ def _matched(images: Path, masks: Path) -> tuple[list[str], list[str]]:
 def _files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
     """Relative path without suffix -> relative path, of the files below `folder` that end in one of `suffixes`."""
     found: dict[str, list[str]] = defaultdict(list)
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(parent).relative_to(folder)
+    for parent, files in walk_folders(folder):
         for name in files:
-            if name.lower().endswith(tuple(suffixes)) and not name.startswith("."):
-                path = (inside / name).as_posix()
+            if name.lower().endswith(tuple(suffixes)):
+                path = (parent.relative_to(folder) / name).as_posix()
                 found[posixpath.splitext(path)[0]].append(path)
     if doubles := sorted(stem for stem, paths in found.items() if len(paths) > 1):
         raise ValueError(

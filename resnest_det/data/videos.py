@@ -16,6 +16,7 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 
 _UNKNOWN_RATE = 25.0  # frames a second of a video that does not say
 _CODEC = "mp4v"  # MPEG-4 Part 2: the one for MP4 that OpenCV brings along everywhere
+_LOWEST_RATE, _HIGHEST_RATE = 0.01, 65535  # that the codec holds: a fraction whose parts have 16 bits
 
 
 class UnreadableVideoError(ValueError):
@@ -32,6 +33,7 @@ class VideoReader:
         UnreadableVideoError: there is no frame to be read.
 
     Attributes:
+        size: height and width of the first frame.
         frames_per_second: as the file says; 25 where it does not.
         num_frames: as the file says, or 0; that many need not come.
     """
@@ -42,6 +44,7 @@ class VideoReader:
         if self._first is None:
             self._capture.release()
             raise UnreadableVideoError(f"cannot read the video {path}: OpenCV finds no frame that it can decode in it")
+        self.size: tuple[int, int] = self._first.shape[0], self._first.shape[1]
         rate = self._capture.get(cv2.CAP_PROP_FPS)
         self.frames_per_second = rate if math.isfinite(rate) and rate > 0 else _UNKNOWN_RATE
         self.num_frames = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
@@ -68,13 +71,15 @@ class VideoReader:
 class VideoWriter:
     """An MP4 file of pictures, all shown at the size of the first; of an odd side the last pixels are left out.
 
+    A side of one pixel is shown as two.
+
     Args:
         path: the file, whose folder must exist.
-        frames_per_second: above 0.
+        frames_per_second: above 0. Written is the nearest rate with up to three decimals that the codec holds.
     """
 
     def __init__(self, path: Path, frames_per_second: float) -> None:
-        self._path, self._rate = path, frames_per_second
+        self._path, self._rate = path, _rounded_rate(frames_per_second)
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)  # width, height
 
@@ -85,10 +90,14 @@ class VideoWriter:
             OSError: the file cannot be written.
         """
         if self._writer is None:
-            self._size = picture.shape[1], picture.shape[0]
+            self._size = max(2, picture.shape[1]), max(2, picture.shape[0])
             self._writer = cv2.VideoWriter(str(self._path), cv2.VideoWriter.fourcc(*_CODEC), self._rate, self._size)
             if not self._writer.isOpened():
-                raise OSError(f"the video {self._path} of {self._size[0]} x {self._size[1]} pixels cannot be written")
+                self._writer = None
+                raise OSError(
+                    f"the video {self._path} of {self._size[0]} x {self._size[1]} pixels and {self._rate:g} frames a "
+                    f"second cannot be written"
+                )
         if picture.shape[1::-1] != self._size:  # OpenCV would leave it out, and say nothing
             picture = np.asarray(cv2.resize(picture, self._size, interpolation=cv2.INTER_AREA), np.uint8)
         self._writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
@@ -101,3 +110,10 @@ class VideoWriter:
     ) -> None:
         if self._writer is not None:
             self._writer.release()
+
+
+def _rounded_rate(rate: float) -> float:
+    """The rate with as many decimals, at most three, as OpenCV's decimal fraction of it has room for in the codec."""
+    rate = min(max(rate, _LOWEST_RATE), _HIGHEST_RATE)
+    decimals = next(number for number in (3, 2, 1, 0) if round(rate * 10**number) <= _HIGHEST_RATE)
+    return round(rate, decimals)

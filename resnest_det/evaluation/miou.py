@@ -8,6 +8,7 @@ a digit.
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnest_det.distributed import gather_objects
+from resnest_det.distributed import gather_objects, rank
 
 SUMMARY_NAMES = ("mIoU", "mAcc", "aAcc", "fwIoU")
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -55,8 +56,8 @@ class MeanIoU:
     """Mean IoU of a segmentation, its accuracies, and the results of each class.
 
     Feed it with `update`, call `merge` once when every process has seen its images, then `compute`;
-    `per_class`, `table` and `absent` read what `compute` left. Without names images are not told apart: in a
-    distributed run use a sampler that does not pad, as DistributedSampler would have some images counted twice.
+    `per_class`, `table` and `absent` read what `compute` left. In a distributed run use a sampler that does not pad, as
+    DistributedSampler would have some images counted twice.
 
     Args:
         class_names: each class's name, by its value in the masks: 0 to K-1.
@@ -100,7 +101,7 @@ class MeanIoU:
         num_classes = len(self.class_names)
         self._matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # row: truth, column: prediction
         self._num_images = 0
-        self._image_scores: dict[str, Tensor | float] = {}
+        self._image_scores: dict[str, Tensor | float] | None = {}  # None: the names do not tell the images apart
         self._merged = False
         self._results: _Results | None = None
 
@@ -118,12 +119,12 @@ class MeanIoU:
                 the mask are resized to it, bilinearly; the mask never is.
             targets: one mask (H, W) of integers an image, in the same order, in a list or stacked, on any
                 device: labels, or `ignore_index`.
-            names: of the images, such as those of their files; with them, `image_scores` has each image's.
+            names: of the images, such as those of their files; with them, `image_scores` has each image's. Where they
+                are not one string an image, each another, there are no image scores until `reset`: this is warned of.
 
         Raises:
             ValueError: predictions and targets differ in number; a tensor's shape or type is wrong; a label
-                map has another size than its mask; a label is not in `class_names`; a logit is NaN; there is not
-                one name an image, or one came before.
+                map has another size than its mask; a label is not in `class_names`; a logit is NaN.
         """
         if isinstance(predictions, Mapping):
             if "out" not in predictions:
@@ -136,42 +137,51 @@ class MeanIoU:
             raise ValueError(
                 f"{len(predictions)} predictions came for {len(targets)} masks; give one of each for every image"
             )
-        if names is not None:
-            self._check_names(names, len(targets))
         matrix = self._matrix
         scores = []
         for position, (prediction, mask) in enumerate(zip(predictions, targets, strict=True)):
             counts = self._counts(prediction, mask, position)
-            if names is not None:
+            if names is not None and self._image_scores is not None:
                 scores.append(_mean_iou(counts))
             # Not in place: a tensor made in inference mode refuses that outside of it.
             matrix = matrix.to(counts.device) + counts
         self._matrix = matrix
         self._num_images += len(targets)
-        self._image_scores.update(zip(names or (), scores, strict=True))
         self._results = None
+        if names is not None and self._image_scores is not None:
+            if mistake := _mistake_in_names(names, len(targets), self._image_scores):
+                self._image_scores = None
+                warnings.warn(_without_scores(mistake), stacklevel=2)
+            else:
+                self._image_scores.update(zip(names, scores, strict=True))
 
     def merge(self) -> None:
         """Sums the matrices of all processes of a distributed run, on each of them.
 
         Afterwards every process computes the same numbers. To be called once, by every process. In a single
-        process it changes nothing.
+        process it changes nothing. Where two processes saw an image of the same name there are no image scores, which
+        the first process warns of.
 
         Raises:
-            ValueError: the processes were brought together before, and every image would count twice; or two of them
-                saw the same image, by its name.
+            ValueError: the processes were brought together before, and every image would count twice.
         """
-        parts = gather_objects((self._matrix.cpu(), self._num_images, self._merged, self.image_scores))
+        own_scores = None if self._image_scores is None else self.image_scores
+        parts = gather_objects((self._matrix.cpu(), self._num_images, self._merged, own_scores))
         if any(merged for _, _, merged, _ in parts):
             raise ValueError(
                 "merge() came twice, and every image would count more than once; call reset() before a new "
                 "evaluation and merge() once"
             )
-        merged_scores: dict[str, Tensor | float] = {}
+        merged_scores: dict[str, Tensor | float] | None = {}
         for *_, scores in parts:
-            if repeated := merged_scores.keys() & scores.keys():
-                raise ValueError(_named_twice(min(repeated)))
-            merged_scores.update(scores)
+            if scores is None or merged_scores is None:
+                merged_scores = None
+            elif repeated := merged_scores.keys() & scores.keys():
+                merged_scores = None
+                if rank() == 0:
+                    warnings.warn(_without_scores(f"the name {min(repeated)!r} came twice"), stacklevel=2)
+            else:
+                merged_scores.update(scores)
         self._matrix = sum((matrix for matrix, *_ in parts), torch.zeros_like(parts[0][0]))
         self._num_images = sum(num_images for _, num_images, *_ in parts)
         self._image_scores = merged_scores
@@ -232,9 +242,11 @@ class MeanIoU:
     def image_scores(self) -> dict[str, float]:
         """The mean IoU of each image that came with a name, by name; -1.0 where every pixel was ignored.
 
-        The mean is over the classes that occur in the image, in its truth or in its prediction.
+        The mean is over the classes that occur in the image, in its truth or in its prediction. Empty where the names
+        did not tell the images apart.
         """
-        return {name: float(self._image_scores[name]) for name in sorted(self._image_scores)}
+        scores = self._image_scores or {}
+        return {name: float(scores[name]) for name in sorted(scores)}
 
     def table(self) -> str:
         """The four numbers and each class's results as aligned text, 80 columns wide at most; "-" for -1.
@@ -328,14 +340,6 @@ class MeanIoU:
                 )
         return labels.int()
 
-    def _check_names(self, names: Sequence[str], num_images: int) -> None:
-        if len(names) != num_images:
-            raise ValueError(f"{len(names)} names came for {num_images} images; give each image its own")
-        if repeated := [
-            name for place, name in enumerate(names) if name in self._image_scores or name in names[:place]
-        ]:
-            raise ValueError(_named_twice(repeated[0]))
-
     def _computed(self) -> _Results:
         if self._results is None:
             raise ValueError("there are no results of the images added so far: call compute() first")
@@ -352,10 +356,26 @@ def _mean_iou(counts: Tensor) -> Tensor:
     return torch.where(occurring > 0, total / occurring.clamp(min=1), -1.0)
 
 
-def _named_twice(name: str) -> str:
+def _mistake_in_names(names: Sequence[str], num_images: int, former: Mapping[str, Any]) -> str:
+    """Why names cannot be those of a batch's images, after the `former` ones; "" where they can."""
+    if isinstance(names, str) or len(names) != num_images:
+        came = "one string" if isinstance(names, str) else f"{len(names)} names"
+        return f"{came} came for {num_images} images"
+    seen: set[str] = set()
+    for name in names:
+        if not isinstance(name, str):
+            return f"a name is of type {type(name).__name__}, no string"
+        if name in former or name in seen:
+            return f"the name {name!r} came twice"
+        seen.add(name)
+    return ""
+
+
+def _without_scores(mistake: str) -> str:
     return (
-        f"the image {name} came twice; every image counts once. Give images different names, call reset() before a new "
-        f"evaluation, and in a distributed run use a sampler that does not pad"
+        f"{mistake}: there are no scores of single images; give every image a name of its own. An image that really "
+        f"came twice counts twice in the results: call reset() before a new evaluation, and in a distributed run use a "
+        f"sampler that does not pad"
     )
 
 

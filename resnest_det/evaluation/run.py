@@ -39,7 +39,7 @@ class ImageMetric(Metric, Protocol):
     """A metric that keeps each image's score besides, by the image's name."""
 
     def update(self, predictions: Any, targets: Any, names: Sequence[str] | None = None) -> None:
-        """Take in one batch, and the names of its images."""
+        """Take in one batch, and the names of its images; whatever they are, the evaluation goes on."""
 
     @property
     def image_scores(self) -> Mapping[str, float]:
@@ -69,7 +69,7 @@ def evaluate(
         model: called with the images alone. A DistributedDataParallel model is run as the module it wraps.
         loader: yields batches that start with (images, targets), the images uint8 RGB: a list of (3, H, W)
             tensors or one (N, 3, H, W). They reach the model as float32 in [0, 1]. The targets stay where
-            they are. What follows them are the images' names, where they are strings.
+            they are. A list of strings behind them is taken for the images' names.
         metric: see `Metric`; an `ImageMetric` gets the names too.
         predict: called as predict(model, images), returns the predictions where they take more than one call
             of the model; None: model(images).
@@ -113,4 +113,4 @@ def evaluate(
 
 
 def _are_names(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(name, str) for name in value)

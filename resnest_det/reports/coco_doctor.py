@@ -31,7 +31,7 @@ from resnest_det.reports.data_doctor import (
     in_order,
 )
 from resnest_det.reports.image_files import OpenedImage, SplitImages, compare_images, in_processes, open_image, repeated
-from resnest_det.reports.lenient_coco import NO_ID, NO_MASK, RUN_LENGTHS, CocoContent, read_leniently
+from resnest_det.reports.lenient_coco import NO_ID, NO_MASK, POLYGONS, RUN_LENGTHS, CocoContent, read_leniently
 from resnest_det.visualize import draw_boxes
 from resnest_det.visualize.pictures import Picture
 
@@ -46,6 +46,7 @@ _SAME_BOX_TOLERANCE = 2.0  # pixels, each side
 _IMBALANCE = 50  # times as many objects, from which on it is said
 _POOR_FIT = 0.5  # share of objects below an IoU of 0.5 with every anchor, from which on it is a warning
 _DRAWN_SIDE = 640  # pixels; a larger image is reduced before boxes are drawn
+_MOST_PIXELS = 2**27  # of a mask that is drawn
 
 
 @dataclass
@@ -108,6 +109,7 @@ class _Split:
         return f"bbox [{numbers}]" + (f" in {width} x {height}" if width else "")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of numbers that are far too large, which are reported
 def examine_coco(
     splits: Mapping[str, tuple[str | os.PathLike[str], str | os.PathLike[str]]],
     *,
@@ -254,11 +256,14 @@ def _check_images_exist(split: _Split, splits: Sequence[_Split]) -> None:
     names = split.content.file_names
     leaving = np.array([_leaves_folder(name) for name in names], np.bool_)
     split.add_images("file-name-outside", leaving, lambda place: f"file_name {names[place]!r}")
-    in_folder = _listing(split.folder, {posixpath.dirname(name) for name in names if not _leaves_folder(name)})
+    parents = {posixpath.dirname(name) for name in names if not _leaves_folder(name)}
+    in_folder, unreadable = _listing(split.folder, parents)
     split.present = np.array([name in in_folder for name in map(posixpath.normpath, names)], np.bool_) & ~leaving
     near = {name.lower().rpartition(".")[0]: name for name in in_folder}
 
     def detail(place: Place) -> str:
+        if reason := unreadable.get(posixpath.dirname(names[place])):
+            return reason
         other = near.get(names[place].lower().rpartition(".")[0])
         return f"the folder has {other}" if other else f"id {split.content.image_ids[place]}"
 
@@ -445,11 +450,21 @@ def _check_crowds(split: _Split, *, trained: bool) -> None:
     mostly = len(crowds) > 0 and crowds.mean() > 0.5
     split.add_annotations("crowd-region", crowds, split.box_detail, "warning" if mostly else "info")
     if trained and len(content.image_ids):
-        degenerate = split.wrong_annotations.get("box-degenerate", np.zeros(len(crowds), np.bool_))
-        usable = ~crowds & content.has_box & ~degenerate & (split.image_indices >= 0) & (split.category_indices >= 0)
+        usable = ~crowds & content.has_box & ~_has_wrong_box(split) & (split.category_indices >= 0)
+        known = split.image_indices >= 0
+        usable &= known
+        usable[known] &= split.present[split.image_indices[known]]
         if not usable.any():
             detail = f"{len(crowds)} annotations, {int(crowds.sum())} of them crowds"
             split.findings.add("no-objects", 1, [Occurrence(split.annotation_file.name, None, detail)])
+
+
+def _has_wrong_box(split: _Split) -> NDArray[np.bool_]:
+    """Which annotations have a box that training refuses or drops, (A,)."""
+    wrong = np.zeros(len(split.image_indices), np.bool_)
+    for code in ("box-not-finite", "box-negative", "box-degenerate", "box-outside"):
+        wrong |= split.wrong_annotations.get(code, False)
+    return wrong
 
 
 def _compare_categories(splits: Sequence[_Split]) -> list[Finding]:
@@ -489,8 +504,9 @@ def _check_classes(splits: Sequence[_Split]) -> None:
     unused = [name for name in counts[0] if not total[name]]
     first.findings.add("category-unused", len(unused), [Occurrence("", None, listed(unused))])
     ids = np.unique(first.content.category_ids[first.content.category_ids != NO_ID])
-    if len(ids) and (holes := int(ids[-1] - ids[0] + 1 - len(ids))):
-        detail = f"{len(ids)} ids from {ids[0]} to {ids[-1]}"
+    least, greatest = (int(ids[0]), int(ids[-1])) if len(ids) else (0, -1)
+    if holes := greatest - least + 1 - len(ids):
+        detail = f"{len(ids)} ids from {least} to {greatest}"
         first.findings.add("category-ids-have-holes", holes, [Occurrence("", None, detail)])
     for split, own in zip(splits, counts, strict=True):
         absent = [name for name, count in own.items() if not count and total[name]]
@@ -501,7 +517,7 @@ def _check_classes(splits: Sequence[_Split]) -> None:
         most = max(present, key=lambda name: present[name])
         rarest = sorted(present, key=lambda name: present[name])
         rare = [name for name in rarest if _IMBALANCE * present[name] <= present[most]]
-        examples = [Occurrence("", None, f"{name}: {present[name]} objects; {most}: {present[most]}") for name in rare]
+        examples = [Occurrence("", None, f"objects: {name} {present[name]}, {most} {present[most]}") for name in rare]
         first.findings.add("class-imbalance", len(rare), examples)
 
 
@@ -510,7 +526,7 @@ def _check_anchors(split: _Split, anchors: Anchors) -> None:
     sizes, image_sizes = content.boxes_xywh[:, 2:], split.image_sizes()
     with np.errstate(invalid="ignore"):
         known = np.isfinite(sizes).all(axis=1) & (sizes >= MIN_BOX_SIDE).all(axis=1)
-    known &= (image_sizes[:, 0] > 0) & ~content.iscrowd
+    known &= (image_sizes[:, 0] > 0) & ~content.iscrowd & ~_has_wrong_box(split)
     if not known.any() or "box-format" in split.wrong_annotations:
         return
     objects = anchors.resized(sizes[known], image_sizes[known])
@@ -580,20 +596,21 @@ class _BoxDrawing:
         factor = min(1.0, _DRAWN_SIDE / max(height, width))
         size = (max(1, round(width * factor)), max(1, round(height * factor)))
         drawn = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
-        masks = np.zeros((len(self.masks), size[1], size[0]), np.uint8)
+        masks = [np.zeros(size[::-1], np.uint8)] * len(self.masks)
         for place, mask in enumerate(self.masks):
             if mask is not None:
                 # An image of another size than is said has its masks where it has its boxes: cut off, or with a margin.
                 dense: NDArray[np.uint8] = coco_mask.decode(mask)[:height, :width]
                 margins = ((0, height - dense.shape[0]), (0, width - dense.shape[1]))
-                masks[place] = cv2.resize(np.pad(dense, margins), size, interpolation=cv2.INTER_NEAREST)
+                resized = cv2.resize(np.pad(dense, margins), size, interpolation=cv2.INTER_NEAREST)
+                masks[place] = np.asarray(resized, np.uint8)
         return draw_boxes(
             drawn,
             self.boxes_xyxy * factor,
             np.array(self.labels, np.int64),
             self.captions,
             iscrowd=self.iscrowd,
-            masks=masks,
+            masks=masks if any(mask is not None for mask in self.masks) else None,
         )
 
 
@@ -607,7 +624,13 @@ def _drawings(split: _Split, number: int) -> list[_BoxDrawing]:
 def _drawing(split: _Split, image: Place) -> _BoxDrawing:
     content = split.content
     annotations = np.flatnonzero(split.image_indices == image)
-    annotations = annotations[np.isfinite(content.boxes_xywh[annotations]).all(axis=1)]
+    boxes = content.boxes_xywh[annotations]
+    annotations = annotations[(np.abs(boxes) <= _MAX_COORDINATE).all(axis=1)]  # not where it is NaN
+    # Those of mistakes last, so that they are drawn over the others and have their names where not all have.
+    mistaken = sum(
+        (wrong[annotations] for wrong in split.wrong_annotations.values()), split.category_indices[annotations] < 0
+    )
+    annotations = annotations[np.argsort(mistaken, kind="stable")]
     captions: dict[int, str] = {}
     labels = []
     num_categories = len(content.category_names)
@@ -620,6 +643,9 @@ def _drawing(split: _Split, image: Place) -> _BoxDrawing:
         captions[label] = ": ".join([name, *([", ".join(codes)] if codes else [])])
         labels.append(label)
     width, height = content.sizes[image].tolist()
+    mask_size = (width, height)
+    if split.files is not None and mask_size != (split.files[image].width, split.files[image].height):
+        mask_size = split.files[image].turned_size  # as the image is drawn
     boxes = content.boxes_xywh[annotations]
     codes = split.findings.codes_of(image)
     found = f": {', '.join(codes)}" if codes else ""
@@ -631,8 +657,17 @@ def _drawing(split: _Split, image: Place) -> _BoxDrawing:
         labels=labels,
         captions=captions,
         iscrowd=content.iscrowd[annotations],
-        masks=[content.encoded_mask(place, height, width) for place in annotations.tolist()],
+        masks=[_drawn_mask(content, place, (width, height), mask_size) for place in annotations.tolist()],
     )
+
+
+def _drawn_mask(
+    content: CocoContent, annotation: Place, said_size: tuple[int, int], drawn_size: tuple[int, int]
+) -> EncodedMask | None:
+    """The annotation's mask in its image, whose width and height are said and drawn; None where it has none."""
+    # A polygon is of any size; run lengths are of the one that is said.
+    width, height = drawn_size if content.mask_forms[annotation] == POLYGONS else said_size
+    return content.encoded_mask(annotation, height, width) if width * height <= _MOST_PIXELS else None
 
 
 def _places(values: NDArray[np.int64], table: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -663,15 +698,24 @@ def _leaves_folder(name: str) -> bool:
     return posixpath.isabs(name) or (".." in name and posixpath.normpath(name).split("/")[0] == "..")
 
 
-def _listing(folder: Path, parents: set[str]) -> set[str]:
-    """The names of the files in these sub-folders, relative to the folder."""
-    found = set()
+def _listing(folder: Path, parents: set[str]) -> tuple[set[str], dict[str, str]]:
+    """The names of the files in these sub-folders, relative to the folder; and which cannot be read, and why."""
+    found, unreadable = set(), {}
     for parent in parents:
         try:
             with os.scandir(folder / parent) as entries:
                 found |= {
-                    posixpath.normpath(posixpath.join(parent, entry.name)) for entry in entries if entry.is_file()
+                    posixpath.normpath(posixpath.join(parent, entry.name)) for entry in entries if _is_file(entry)
                 }
         except (FileNotFoundError, NotADirectoryError):
             continue
-    return found
+        except (OSError, ValueError) as error:  # no permission, a name that is too long, or a null byte in it
+            unreadable[parent] = f"its folder cannot be read: {getattr(error, 'strerror', None) or error}"
+    return found, unreadable
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # such as a link to itself
+        return False

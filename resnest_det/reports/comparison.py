@@ -1,10 +1,12 @@
 """Runs side by side: their results, settings, classes, kinds of errors and learning curves.
 
-Runs that differ in nothing but run.seed and run.dir are one experiment, of which the mean and the spread are given.
+Runs that differ in their seeds, and besides only in where they ran, are one experiment, of which the mean and the
+spread are given.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from resnest_det.config import KEYS_FREE_ON_RESUME
 from resnest_det.reports.page import write_page
 from resnest_det.reports.run_record import RunRecord, read_run
 from resnest_det.reports.run_report import Chart, epoch_chart
 from resnest_det.visualize import Curve, loss_curves, result_curves
 
-_OF_ONE_EXPERIMENT = ("run.seed", "run.dir")  # what may differ among its runs
+_OF_EACH_RUN = ("run.seed", "run.dir")
+_OF_ONE_EXPERIMENT = KEYS_FREE_ON_RESUME.union(_OF_EACH_RUN)  # what may differ among its runs
 _SHOWN_RESULTS = 6  # in the terminal, of boxes, of masks and of a segmentation
 _LONGEST_VALUE = 32  # characters of a setting in the terminal
 
@@ -33,7 +37,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One or more runs with the same settings but for the seed.
+    """One or more runs of the same settings and the same git commit, each of another seed.
 
     Attributes:
         name: the first run's, the shortest that tells it from the others.
@@ -155,20 +159,58 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     if len(tasks) > 1:
         named = " and ".join(f"{run.folder} is of {task or 'a task that nothing tells'}" for task, run in tasks.items())
         raise ValueError(f"runs of different tasks have no result in common: {named}; compare runs of one task")
-    groups: dict[tuple[tuple[str, str], ...], list[RunRecord]] = {}
-    for run in runs:
-        # A run whose settings are not known is an experiment of its own.
-        key = tuple(item for item in sorted(run.settings.items()) if item[0] not in _OF_ONE_EXPERIMENT)
-        groups.setdefault(key or (("run.dir", str(run.folder)),), []).append(run)
-    names = _names([group[0] for group in groups.values()])
-    experiments = [_experiment(name, group) for name, group in zip(names, groups.values(), strict=True)]
+    groups, apart = _grouped(runs)
+    names = _names([group[0] for group in groups])
+    experiments = [_experiment(name, group) for name, group in zip(names, groups, strict=True)]
     notes, same_data = _notes(runs)
-    return Comparison(experiments, _different_settings(experiments), notes, same_data)
+    return Comparison(experiments, _different_settings(experiments), apart + notes, same_data)
 
 
 def write_comparison(path: str | Path, comparison: Comparison) -> Path:
     """Write a comparison as one HTML file, which needs no other file, no server and no network."""
     return write_page(Path(path), "comparison.html.jinja", _content(comparison))
+
+
+def _grouped(runs: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], list[str]]:
+    """The runs of each experiment, and a sentence for each run that stands apart from others of its settings."""
+    groups: list[list[RunRecord]] = []
+    notes = []
+    for run in runs:
+        alike = [group for group in groups if run.settings and _settings_of(group[0]) == _settings_of(run)]
+        reasons = [(group, _why_apart(run, group)) for group in alike]
+        if fitting := next((group for group, reason in reasons if not reason), None):
+            fitting.append(run)
+            continue
+        groups.append([run])
+        if reasons:
+            notes.append(f"{run.folder} is no further seed, and stands apart: {reasons[0][1]}")
+    return groups, notes
+
+
+def _settings_of(run: RunRecord) -> dict[str, str]:
+    """Those that make a run's experiment."""
+    return {key: value for key, value in run.settings.items() if key not in _OF_ONE_EXPERIMENT}
+
+
+def _why_apart(run: RunRecord, group: Sequence[RunRecord]) -> str:
+    """Why a run is not one of an experiment's seeds, though its settings are the same; "" where it is."""
+    for other in group:
+        commits, expected = _commits(run), _commits(other)
+        if commits and expected and commits != expected:
+            named = " and ".join(", ".join(sorted(both)) for both in (commits, expected))
+            return f"its git commit differs from that of {other.folder}: {named}"
+        contents, others = _validation_contents(run), _validation_contents(other)
+        if contents and others and contents != others:
+            return f"its validation set differs from that of {other.folder}"
+    key = "run.seed"
+    if same := [other for other in group if run.settings.get(key) == other.settings.get(key)]:
+        return f"its settings and its seed, {run.settings.get(key, 'not known')}, are those of {same[0].folder}"
+    return ""
+
+
+def _commits(run: RunRecord) -> set[str]:
+    """What its starts ran, where it is known."""
+    return {start["commit"] for start in run.starts if start["commit"]}
 
 
 def _experiment(name: str, runs: list[RunRecord]) -> Experiment:
@@ -218,7 +260,13 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
 
 def _different_settings(experiments: Sequence[Experiment]) -> dict[str, list[str | None]]:
     columns = [experiment.runs[0].settings for experiment in experiments]
-    keys = dict.fromkeys(key for column in columns for key in column if key not in _OF_ONE_EXPERIMENT)
+    within = {  # what differs between the seeds of an experiment tells no experiments apart
+        key
+        for experiment in experiments
+        for key in _OF_ONE_EXPERIMENT
+        if len({run.settings.get(key) for run in experiment.runs}) > 1
+    }
+    keys = dict.fromkeys(key for column in columns for key in column if key not in within.union(_OF_EACH_RUN))
     rows = {key: [column.get(key) for column in columns] for key in keys}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
@@ -231,6 +279,8 @@ def _notes(runs: Sequence[RunRecord]) -> tuple[list[str], bool]:
             notes.append(f"{run.folder} has no results: it was not evaluated yet")
         elif not any(breakdown.classes for breakdown in run.breakdowns.values()):
             notes.append(f"{run.folder} has no results.json; its numbers are those of its best evaluation in training")
+        elif run.measurement != 1:
+            notes.append(f"{run.folder} was measured again: its numbers are those of results{run.suffix}.json")
         if not run.settings:
             notes.append(f"{run.folder} has no settings that can be read: which of them differ is not known")
     same_data = True
@@ -244,6 +294,11 @@ def _notes(runs: Sequence[RunRecord]) -> tuple[list[str], bool]:
                 f"{run.folder} was measured on other {what} than {first.folder}: their results are of different "
                 f"validation sets, and no differences are given"
             )
+    validation_sets = [_validation_settings(run) for run in runs]
+    for run, own in zip(runs, validation_sets, strict=True):
+        if not _validation_contents(run) and any(other != own for other in validation_sets):
+            same_data = False
+            notes.append(f"what {run.folder} was measured on is not known: no differences are given")
     for run in runs[1:]:
         if different := sorted(
             key
@@ -263,6 +318,11 @@ def _validation_contents(run: RunRecord) -> list[tuple[str, float]]:
                 (row["name"], row["num_boxes"] if "num_boxes" in row else row["share"]) for row in breakdown.classes
             ]
     return []
+
+
+def _validation_settings(run: RunRecord) -> dict[str, str]:
+    """The settings that say what the validation set is."""
+    return {key: value for key, value in run.settings.items() if re.match(r"data\.(root|val|sample)\b", key)}
 
 
 def _result_groups(experiments: Sequence[Experiment]) -> list[tuple[str, list[str]]]:

@@ -44,7 +44,9 @@ KINDS: dict[str, Kind] = {
     "category-malformed": Kind("error", "a category is malformed", "give it id and name"),
     "no-images": Kind("error", "the file lists no images", "list those that are annotated"),
     "no-categories": Kind("error", "the file lists no categories", "list the classes"),
-    "no-objects": Kind("error", "nothing is left to train on", "annotate objects: neither crowds nor empty boxes"),
+    "no-objects": Kind(
+        "error", "nothing is left to train on", "annotate objects: neither crowds nor boxes that are empty or outside"
+    ),
     "image-id-twice": Kind("error", "an image's id is used twice", "number the images anew, and what names them"),
     "annotation-id-twice": Kind("error", "an annotation's id is used twice", "number the annotations anew"),
     "category-id-twice": Kind("error", "a category's id is used twice", "number the categories anew"),
@@ -107,7 +109,8 @@ KINDS: dict[str, Kind] = {
     "class-imbalance": Kind(
         "info",
         "classes are of very different frequency",
-        "data.repeat_threshold repeats images of rare ones, model.class_weights weighs their pixels",
+        "data.repeat_threshold of a detector repeats rare ones' images, model.class_weights of a segmenter weighs "
+        "their pixels",
     ),
     "anchors": Kind("info", "how the anchors fit the objects, resized as in evaluation", "see the suggestion, if any"),
     # folders of masks
@@ -116,6 +119,9 @@ KINDS: dict[str, Kind] = {
     "mask-without-image": Kind("error", "a mask has no image", "add the image, or remove the mask"),
     "mask-broken": Kind("error", "a mask cannot be decoded", "write it again"),
     "mask-not-index": Kind("error", "a mask is a picture of colours", "save one class index a pixel, mode L or P"),
+    "too-many-classes": Kind(
+        "error", "there are more classes than a mask can hold", "leave some out: a mask has 8 bits a pixel"
+    ),
     "mask-values": Kind("error", "a mask holds values that are no class", "correct it, the class list or its values"),
     "mask-binary": Kind(
         "warning", "two classes seem to be saved as 0 and 255", "save them as 0 and 1: 255 is not labelled, and ignored"

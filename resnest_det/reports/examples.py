@@ -15,6 +15,7 @@ from torch import Tensor
 
 from resnest_det.data import CocoDetection, MaskFolder
 from resnest_det.evaluation import CocoMeanAveragePrecision, ImageBoxes, image_f1_scores
+from resnest_det.reports.page import write_whole
 from resnest_det.visualize import class_colour, draw_boxes, paint_segmentation
 
 Key = TypeVar("Key")
@@ -174,7 +175,7 @@ def write_examples(folder: Path, examples: Examples, *, suffix: str = "") -> Non
             }
             for number, example in enumerate(chosen, start=1)
         ]
-    (folder / f"examples{suffix}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(folder / f"examples{suffix}.json", json.dumps(content, indent=1) + "\n")
 
 
 def _save_pictures(folder: Path, pictures: Path, stem: str, drawn: Mapping[str, Picture]) -> dict[str, str]:

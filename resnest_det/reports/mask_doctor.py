@@ -18,7 +18,7 @@ from PIL import Image, ImageFile
 
 from resnest_det.data.ade20k import ADE20K_CLASS_NAMES, ADE20K_PALETTE
 from resnest_det.data.files import describe_near, listed, read_rgb
-from resnest_det.data.mask_folder import IMAGE_SUFFIXES, MASK_SUFFIXES
+from resnest_det.data.mask_folder import IMAGE_SUFFIXES, MASK_SUFFIXES, MAX_CLASSES
 from resnest_det.reports.data_doctor import (
     DataReport,
     Occurrence,
@@ -37,7 +37,7 @@ _MOSTLY = 0.5  # share of the pixels, or the masks, that are not labelled, from 
 _IMBALANCE = 50  # times as many pixels, from which on it is said
 _DRAWN_SIDE = 640  # pixels; a larger image is reduced before it is painted
 _UNKNOWN_COLOUR = (255, 0, 255)
-_IGNORED, _UNKNOWN = 255, 254  # in a drawn mask; classes are 0 to 253
+_UNKNOWN, _IGNORED = _NUM_VALUES, _NUM_VALUES + 1  # in a drawn mask; classes are below
 
 
 class OpenedMask(NamedTuple):
@@ -124,6 +124,9 @@ def examine_masks(
             _check_files(split)
             _check_values(split, classes)
         _check_repeated_images(split)
+    if len(class_names) > MAX_CLASSES:
+        example = Occurrence("", None, f"{len(class_names)} classes, expected 1 to {MAX_CLASSES}")
+        opened[0].findings.add("too-many-classes", 1, [example])
     between = compare_images([SplitImages(s.findings, s.image_folder, s.images, s.digests) for s in opened])
     if decode:
         _check_classes(opened, classes)
@@ -315,7 +318,7 @@ def _values_suggestion(unknown: set[int], classes: _Classes) -> str:
     if (classes.first_value, classes.ignore_value) == (1, 0):
         return ""  # as ADE20K has them, which no setting changes
     if unknown == {len(classes.names)} and classes.first_value == 0:
-        return "data.first_class_value=1"
+        return "data.first_class_value=1 data.ignore_value=0"  # without a 0, ignoring it changes nothing
     if unknown == {255}:
         return "data.ignore_value=255"
     if unknown == {0}:
@@ -422,8 +425,9 @@ class _MaskDrawing:
         drawn = np.asarray(
             cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR), np.uint8
         )
-        painted = paint_segmentation(drawn, labels.reshape(size[::-1]), colours)
-        legend = class_legend(np.unique(labels).tolist(), names, colours, width=max(size[0], _DRAWN_SIDE))
+        painted = paint_segmentation(drawn, labels.reshape(size[::-1]), colours, ignore_index=_IGNORED)
+        seen, width = np.unique(labels).tolist(), max(size[0], _DRAWN_SIDE)
+        legend = class_legend(seen, names, colours, width=width, ignore_index=_IGNORED)
         painted = np.pad(painted, ((0, 0), (0, legend.shape[1] - size[0]), (0, 0)), constant_values=255)
         return np.concatenate((painted, legend))
 

@@ -36,13 +36,28 @@ def write_page(path: Path, template: str, content: Mapping[str, Any]) -> Path:
     )
     environment.filters |= {"number": number, "difference": difference, "percent": percent, "picture": data_uri}
     page = environment.get_template(template).render(content, version=importlib.metadata.version("resnest-det"))
+    return write_whole(path, page)
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file as UTF-8; an interrupted write leaves the old one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(page, encoding="utf-8", errors="replace")  # a file's name may be no valid UTF-8
+        partial.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be no valid UTF-8
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file is there, and can be read as a picture to its end."""
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+    except Exception:  # Pillow's decoders raise OSError, SyntaxError, struct.error and others
+        return False
+    return True
 
 
 def number(value: float | None, digits: int = 3) -> str:

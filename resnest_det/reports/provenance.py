@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from resnest_det.distributed import world_size
+from resnest_det.reports.page import write_whole
 
 PACKAGES = (
     "resnest-det",
@@ -45,7 +46,7 @@ def note_start(folder: Path, device: torch.device) -> None:
 
 
 def note_end(folder: Path, *, skipped: Sequence[str], warnings: Sequence[str]) -> None:
-    """Complete the last entry of a run's provenance.json.
+    """Complete the last entry of a run's provenance.json; of a file that was damaged since, what is known is written.
 
     Args:
         folder: the run folder, in which `note_start` began the entry.
@@ -53,9 +54,12 @@ def note_end(folder: Path, *, skipped: Sequence[str], warnings: Sequence[str]) -
         warnings: what was warned of, each once.
     """
     file = folder / "provenance.json"
-    *former, entry = _read(file)
-    seconds = (datetime.now(UTC) - datetime.fromisoformat(entry["date"])).total_seconds()
-    noted = {"seconds": round(seconds, 1), "skipped": list(skipped), "warnings": list(warnings)}
+    *former, entry = _read(file) or [describe_environment(None)]
+    try:
+        seconds = round((datetime.now(UTC) - datetime.fromisoformat(entry["date"])).total_seconds(), 1)
+    except (KeyError, TypeError, ValueError):
+        seconds = None
+    noted = {"seconds": seconds, "skipped": list(skipped), "warnings": list(warnings)}
     _write(file, [*former, {**entry, **noted}])
 
 
@@ -75,12 +79,12 @@ def note_evaluation(
     _write(folder / f"provenance{suffix}.json", [{**describe_environment(device), **noted}])
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
+def describe_environment(device: torch.device | None) -> dict[str, Any]:
     """The command, versions and device of this process, as plain data; the commit is that of the working folder."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
-        "device": _device_name(device),
+        "device": "not known" if device is None else _device_name(device),
         "processes": world_size(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -119,11 +123,11 @@ def _commit() -> str | None:
 def _read(file: Path) -> list[dict[str, Any]]:
     """The entries of a provenance.json; none of a file that is damaged or not there."""
     try:
-        entries: list[dict[str, Any]] = json.loads(file.read_text())
+        entries = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return entries
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def _write(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    file.write_text(json.dumps(entries, indent=2) + "\n")
+    write_whole(file, json.dumps(entries, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from resnest_det.config import (
     settings_from_data,
 )
 from resnest_det.engine import read_metrics
+from resnest_det.reports.page import is_picture
+from resnest_det.reports.run_shapes import mistake_in
 
 Task = Literal["detection", "segmentation"]
 
@@ -58,7 +61,7 @@ class RunRecord:
 
     Attributes:
         folder: the run folder.
-        suffix: what the names of the evaluation's files have before their ending, "" of the run's own.
+        suffix: what the names of the evaluation's files have before their ending; of the run's own "", "-2", "-3", ...
         task: "detection" or "segmentation"; None where nothing tells.
         config_text: config.toml, or None.
         settings: every setting by its dotted key, as TOML; empty without a config.toml.
@@ -70,7 +73,7 @@ class RunRecord:
         breakdowns: by "boxes" and "masks", or by "classes".
         examples: the best and the worst images, as examples.json has them.
         starts: as provenance.json has them, oldest first.
-        error: the traceback of a run that failed, or None.
+        errors: the tracebacks of a run that failed, by the files that have them, one a process.
         missing: a sentence for everything that is not there and could be.
     """
 
@@ -87,13 +90,18 @@ class RunRecord:
     breakdowns: dict[str, Breakdown]
     examples: dict[str, Any] | None
     starts: list[dict[str, Any]]
-    error: str | None
+    errors: dict[str, str]
     missing: list[str]
 
     @property
     def name(self) -> str:
         """What the run is called: the name of its folder."""
         return self.folder.resolve().name
+
+    @property
+    def measurement(self) -> int | None:
+        """Which of the run's own measurements it is, from 1; None of an evaluation by itself."""
+        return _measurement(self.suffix)
 
 
 def read_run(folder: str | Path, *, suffix: str = "") -> RunRecord:
@@ -102,25 +110,30 @@ def read_run(folder: str | Path, *, suffix: str = "") -> RunRecord:
     Args:
         folder: the run folder, or one that --eval-only made.
         suffix: what the names of an evaluation's files have before their ending, such as "_best_instances_val"; "" for
-            those of the run itself.
+            those of the run itself, of several measurements the newest: that with the highest number, such as "-2".
 
     Raises:
         FileNotFoundError: there is no such folder, or no such evaluation in it.
         ValueError: it is no run folder.
     """
     folder = Path(folder)
-    if suffix not in evaluation_suffixes(folder):
+    suffixes = evaluation_suffixes(folder)
+    own = [known for known in suffixes if _measurement(known)]
+    if suffix not in suffixes and (suffix or not own):
+        named = ", ".join(f'"{known}"' + " (the run itself)" * (not known) for known in suffixes)
         raise FileNotFoundError(
-            f"{folder} has no results{suffix}.json; its evaluations are {evaluation_suffixes(folder)}"
+            f"{folder} has no results{suffix}.json; give the suffix of an evaluation that is there: {named}"
         )
+    newest = max(own, key=lambda known: _measurement(known) or 0, default="")
+    suffix = suffix or newest
     missing: list[str] = []
     config_text, settings, changes = _read_settings(folder, missing)
-    records = read_metrics(folder / "metrics.jsonl")
+    records = _read_records(folder / "metrics.jsonl", missing)
     if not records:
         missing.append("metrics.jsonl, or any record in it: no learning curves")
-    measured = _read_json(folder / f"results{suffix}.json", "the results of the best checkpoint", missing) or {}
+    measured = _read_json(folder, "results", suffix, "the results of the best checkpoint", missing) or {}
     results, measured_epoch = measured.get("results", {}), None
-    if not suffix:
+    if suffix == newest and own:
         best = _best_evaluation(records)
         measured_epoch = best.get("epoch")
         results = results or {name: number for name, number in best.items() if name not in _NOT_RESULTS}
@@ -137,9 +150,9 @@ def read_run(folder: str | Path, *, suffix: str = "") -> RunRecord:
         measured_epoch=measured_epoch,
         evaluation=measured.get("settings", {}),
         breakdowns=_read_breakdowns(folder, suffix, task, measured, missing),
-        examples=_read_json(folder / f"examples{suffix}.json", "the best and the worst images", missing),
+        examples=_read_examples(folder, suffix, missing),
         starts=_read_starts(folder, suffix, missing),
-        error=(folder / "error.txt").read_text() if (folder / "error.txt").exists() and not suffix else None,
+        errors=_read_errors(folder, missing) if suffix == newest and own else {},
         missing=missing,
     )
 
@@ -235,33 +248,96 @@ def _read_breakdowns(
         files = f"{of_kind}{suffix}"
         picture = folder / f"precision_recall{files}.png"
         curves = None
-        if (folder / f"precision_recall{files}.json").exists() or not picture.exists():
-            curves = _read_json(folder / f"precision_recall{files}.json", f"precision by recall of {kind}", missing)
+        if (folder / f"precision_recall{files}.json").exists() or not is_picture(picture):
+            curves = _read_json(folder, "precision_recall", files, f"precision by recall of {kind}", missing)
         breakdowns[kind] = Breakdown(
             classes=measured.get(table, []),
-            errors=_read_json(folder / f"errors{files}.json", f"kinds of errors of {kind}", missing),
-            confusion=_read_json(folder / f"confusion_matrix{files}.json", f"the confusion of {kind}", missing),
+            errors=_read_json(folder, "errors", files, f"kinds of errors of {kind}", missing),
+            confusion=_read_json(folder, "confusion_matrix", files, f"the confusion of {kind}", missing),
             precision_recall=curves,
-            precision_recall_picture=picture if picture.exists() and curves is None else None,
+            precision_recall_picture=picture if curves is None and is_picture(picture) else None,
         )
     return breakdowns
 
 
 def _read_starts(folder: Path, suffix: str, missing: list[str]) -> list[dict[str, Any]]:
     """The starts of an evaluation by itself, else those of the run."""
-    own = folder / f"provenance{suffix}.json"
-    file = own if own.exists() else folder / "provenance.json"
-    return _read_json(file, "command, versions, device and times", missing) or []
+    own = suffix if (folder / f"provenance{suffix}.json").exists() else ""
+    starts = _read_json(folder, "provenance", own, "command, versions, device and times", missing) or []
+    whole = []
+    for number, start in enumerate(starts, start=1):
+        if mistake := mistake_in("start", start):
+            missing.append(f"provenance{own}.json: start {number} cannot be read ({mistake})")
+        else:
+            whole.append(start)
+    return whole
 
 
-def _read_json(file: Path, what: str, missing: list[str]) -> Any:
+def _read_examples(folder: Path, suffix: str, missing: list[str]) -> dict[str, Any] | None:
+    """The best and the worst images, with those of their pictures that can be read."""
+    examples: dict[str, Any] | None = _read_json(folder, "examples", suffix, "the best and the worst images", missing)
+    for example in [*examples["worst"], *examples["best"]] if examples else ():
+        for title, file in list(example["pictures"].items()):
+            if not is_picture(folder / file):
+                missing.append(f"{file}, or a picture in it")
+                del example["pictures"][title]
+    return examples
+
+
+def _read_errors(folder: Path, missing: list[str]) -> dict[str, str]:
+    """The tracebacks of each process that left one, the first process's first."""
+    numbers = {}
+    for file in folder.glob("error*.txt"):
+        if named := re.fullmatch(r"error(?:-(\d+))?\.txt", file.name):
+            numbers[int(named[1] or 0)] = file
+    errors = {}
+    for _, file in sorted(numbers.items()):
+        try:
+            errors[file.name] = file.read_text(encoding="utf-8", errors="replace").strip() or "no traceback was written"
+        except OSError as error:
+            missing.append(f"{file.name} cannot be read ({error}): why the run failed")
+    return errors
+
+
+def _read_records(file: Path, missing: list[str]) -> list[dict[str, Any]]:
     try:
-        return json.loads(file.read_text())
+        records: list[Any] = read_metrics(file)
+    except (OSError, ValueError) as error:
+        missing.append(f"{file.name} cannot be read ({error})")
+        return []
+    whole = [record for record in records if isinstance(record, dict) and _is_record(record)]
+    if len(whole) < len(records):
+        missing.append(f"{file.name}: {len(records) - len(whole)} of its lines are no records")
+    return whole
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    numbers = [record.get(name) for name in ("epoch", "step", *(["lr"] if record.get("kind") == "train" else []))]
+    return isinstance(record.get("kind"), str) and all(isinstance(number, int | float) for number in numbers)
+
+
+def _measurement(suffix: str) -> int | None:
+    """Which of a run's own measurements a suffix is of, from 1; None where it is of an evaluation by itself."""
+    if not suffix:
+        return 1
+    return int(suffix[1:]) if re.fullmatch(r"-[0-9]+", suffix) else None
+
+
+def _read_json(folder: Path, kind: str, suffix: str, what: str, missing: list[str]) -> Any:
+    """The content of KIND{suffix}.json; None, with a sentence in `missing`, of one that is not there or damaged."""
+    file = folder / f"{kind}{suffix}.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         missing.append(f"{file.name}: {what}")
+        return None
     except (OSError, ValueError) as error:
         missing.append(f"{file.name} cannot be read ({error}): {what}")
-    return None
+        return None
+    if mistake := mistake_in(kind, content):
+        missing.append(f"{file.name} cannot be read ({mistake}): {what}")
+        return None
+    return content
 
 
 def _as_toml(value: Any) -> str:

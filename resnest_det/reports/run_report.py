@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnest_det.evaluation import ConfusionMatrix, error_meanings
-from resnest_det.reports.page import NOTHING, duration, number, percent, safe, write_page
+from resnest_det.reports.page import NOTHING, duration, is_picture, number, percent, safe, write_page
 from resnest_det.reports.run_record import Breakdown, RunRecord, read_run
 from resnest_det.visualize import DISTINCT_COLOURS, Curve, Limits, line_chart, loss_curves, rate_curve, result_curves
 
@@ -50,7 +50,8 @@ def write_run_report(folder: str | Path, *, suffix: str = "") -> Path:
 
     Args:
         folder: the run folder, or one that --eval-only made.
-        suffix: what the names of an evaluation's files have before their ending; "" for those of the run itself.
+        suffix: what the names of an evaluation's files have before their ending; "" for those of the run itself, of
+            several measurements the newest.
 
     Returns:
         The file: one page that needs no other file, no server and no network.
@@ -170,10 +171,11 @@ def _result_groups(results: Mapping[str, float]) -> list[tuple[str, dict[str, fl
 
 
 def _results_note(run: RunRecord) -> str:
-    if run.suffix:
+    if run.measurement is None:
         return "Of an evaluation by itself, with the weights and data that the file's name says."
     if any(breakdown.classes for breakdown in run.breakdowns.values()):
-        return "Of the best checkpoint, on the validation set."
+        again = f" The run was measured again: this is measurement {run.measurement}, of results{run.suffix}.json."
+        return "Of the best checkpoint, on the validation set." + again * (run.measurement > 1)
     return "Of the best evaluation during training: the folder has no results.json."
 
 
@@ -253,7 +255,7 @@ def _confusion(content: Mapping[str, Any] | None, picture: Path) -> dict[str, An
         f"found, {wrong} found as another class and {missed} missed. Detections where no object is: {invented}.",
         "names": names,
         "rows": [_confusion_row(names, counts, place) for place in range(len(names))] if small else [],
-        "picture": picture if picture.exists() and not small else None,
+        "picture": picture if not small and is_picture(picture) else None,
         "pairs": matrix.most_confused(_NUM_PAIRS),
     }
 
@@ -280,13 +282,13 @@ def _errors(content: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     meanings = error_meanings(content["foreground_iou"], content["background_iou"])
     effects = {**content["main"], **content["special"]}
-    highest = max(effect["delta_ap"] for effect in effects.values()) or 1.0
+    highest = max((effect["delta_ap"] for effect in effects.values()), default=0) or 1.0
     rows = [
         {
             "name": name,
             **effect,
             "share": round(100 * max(effect["delta_ap"], 0) / highest, 1),
-            "meaning": meanings[name],
+            "meaning": meanings.get(name, ""),
         }
         for name, effect in effects.items()
     ]
@@ -298,7 +300,13 @@ def _examples(content: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]
         return None
     scores = list(content["images"].values())
     groups = [
-        (title, [{**example, "pictures": _pictures(example, folder)} for example in content[group]])
+        (
+            title,
+            [
+                {**example, "pictures": [(text, folder / file) for text, file in example["pictures"].items()]}
+                for example in content[group]
+            ],
+        )
         for group, title in (("worst", "Worst"), ("best", "Best"))
     ]
     return {
@@ -310,8 +318,8 @@ def _examples(content: Mapping[str, Any] | None, folder: Path) -> dict[str, Any]
 
 
 def _pictures(example: Mapping[str, Any], folder: Path) -> list[tuple[str, Path]]:
-    """The captions and files of an example's pictures, of those that are there."""
-    return [(title, folder / file) for title, file in example["pictures"].items() if (folder / file).exists()]
+    """The captions and files of an example's pictures."""
+    return [(title, folder / file) for title, file in example["pictures"].items()]
 
 
 def _describe_start(start: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -334,7 +342,7 @@ def _describe_start(start: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _contents(run: RunRecord, content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The sections of the page, each with its anchor."""
     sections: list[tuple[Any, str, str]] = [
-        (run.error, "error", "Error"),
+        (run.errors, "error", "Error"),
         (content["warnings"] or content["skipped"], "warnings", "Warnings"),
         (content["charts"], "curves", "Curves"),
         (content["result_groups"], "results", "Results"),

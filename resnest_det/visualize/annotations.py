@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from resnest_det.visualize.pictures import BLACK, SHEET_GAP, WHITE, Array, Picture, as_picture
+from resnest_det.visualize.pictures import BLACK, SHEET_GAP, WHITE, Array, Font, Picture, as_picture, text_font
 
 _CAPTION_SIZE = 16  # pixels
 _CAPTION_LINE = 21  # pixels from one line to the next
@@ -36,27 +36,27 @@ def captioned_grid(
     if num_columns < 1:
         raise ValueError(f"num_columns is {num_columns}, expected at least 1")
     num_columns = min(num_columns, len(pictures))
-    font = ImageFont.load_default(size=_CAPTION_SIZE)
     cells = []
     for picture, caption in zip(pictures, captions, strict=True):
+        font = text_font([caption], _CAPTION_SIZE)
         pixels = as_picture(picture)
         factor = min(1.0, cell_width / pixels.shape[1])
         size = (max(1, round(pixels.shape[1] * factor)), max(1, round(pixels.shape[0] * factor)))
         cells.append(
-            (Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS), _lines(caption, font, cell_width))
+            (Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS), _lines(caption, font, cell_width), font)
         )
 
     rows = [cells[start : start + num_columns] for start in range(0, len(cells), num_columns)]
-    caption_heights = [max(len(lines) for _, lines in row) * _CAPTION_LINE for row in rows]
+    caption_heights = [max(len(lines) for _, lines, _ in row) * _CAPTION_LINE for row in rows]
     row_heights = [
-        caption + max(image.height for image, _ in row) for caption, row in zip(caption_heights, rows, strict=True)
+        caption + max(image.height for image, *_ in row) for caption, row in zip(caption_heights, rows, strict=True)
     ]
     width = num_columns * (cell_width + SHEET_GAP) + SHEET_GAP
     page = Image.new("RGB", (width, sum(row_heights) + 2 * SHEET_GAP * len(rows)), WHITE)
     draw = ImageDraw.Draw(page)
     top = SHEET_GAP
     for row, caption_height, row_height in zip(rows, caption_heights, row_heights, strict=True):
-        for column, (image, lines) in enumerate(row):
+        for column, (image, lines, font) in enumerate(row):
             left = SHEET_GAP + column * (cell_width + SHEET_GAP)
             for number, line in enumerate(lines):
                 draw.text((left, top + number * _CAPTION_LINE), line, fill=BLACK, font=font)
@@ -65,7 +65,7 @@ def captioned_grid(
     return np.asarray(page).copy()
 
 
-def _lines(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _lines(caption: str, font: Font, width: int) -> list[str]:
     """The caption broken between words; a word that is too long is cut into pieces."""
     lines = [""]
     for word in caption.split():

@@ -34,6 +34,7 @@ Places = npt.NDArray[np.int64]
 _MASK_SHARE = 0.45  # of the colour within a mask, the rest is the image's
 _TEXT_SHARES = (1 / 36, 1 / 80)  # of the picture's long side: how large names are, and how large in a crowd
 _SMALLEST_TEXT = 12  # pixels
+_MOST_NAMES = 200  # of a picture; placing more takes long, and none of them can be read
 _AWAY_SHARE = 0.1  # of the names; while more are away from their boxes, all get smaller
 
 
@@ -51,7 +52,8 @@ def draw_boxes(
     """A picture of the image with its boxes, their classes' names, and masks where there are some.
 
     Names stand above their box, or near it where they are inside the picture and cover no other name; a name that is
-    away from its box has a line to it. Many names are written smaller. Boxes of high score are drawn over those of low
+    away from its box has a line to it. Many names are written smaller, and of more than 200 boxes only those of the
+    highest scores have theirs, or without scores the last. Boxes of high score are drawn over those of low
     score. The boxes of crowds are dashed.
 
     Args:
@@ -108,7 +110,7 @@ def draw_boxes(
     canvas = Image.fromarray(pixels).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(canvas)
     drawn = [_inside(box * scale, canvas.size) for box in boxes]
-    choosing = order[::-1]  # the names of high score choose their place first
+    choosing = order[::-1][:_MOST_NAMES]  # the names of high score choose their place first
     names_of, ends_of, boxes_of = ([values[index] for index in choosing] for values in (names, ends, drawn))
     text_size, texts, tags = _lay_out_names(names_of, ends_of, boxes_of, canvas.size)
     line_width = max(2, round(text_size / 5))

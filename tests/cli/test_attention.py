@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from resnest_det import create_backbone
 from resnest_det.attention import class_score, grad_cam
 from resnest_det.build import build_detector, build_segmenter
 from resnest_det.cli import main
+from resnest_det.cli.attention import _names
 from resnest_det.config import DetectionSettings, SegmentationSettings, load_settings, settings_as_data
 from resnest_det.engine.checkpoint import save_checkpoint
 from tests.random_norms import randomise_norms
@@ -85,6 +87,13 @@ def test_classifiers(
     assert ("the network has no attention layers" in printed) == (not keys)
 
 
+def test_another_number_of_class_names(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = save_classifier(tmp_path, "resnet18")
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat")
+    assert main(["attention", str(photo), *words, "--output", str(tmp_path / "out")]) == 2
+    assert "the network has 4 classes, but 3 class names were given" in capsys.readouterr().err
+
+
 def test_layer_and_class_by_number(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*save_classifier(tmp_path, "resnet18"), "--output", str(tmp_path / "out"), "--layer", "layer2"]
     assert main(["attention", str(photo), *words, "--class", "1"]) == 0
@@ -99,6 +108,40 @@ def test_images_of_the_same_name(photo: Path, tmp_path: Path) -> None:
     words = [*save_classifier(tmp_path, "resnet18"), "--output", str(tmp_path / "out")]
     assert main(["attention", str(photo), str(second), *words]) == 0
     assert {"photo.npz", "photo_2.npz"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_unreadable_images_are_skipped(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.png").write_text("no image")
+    words = [*save_classifier(tmp_path, "resnet18"), "--output", str(tmp_path / "out")]
+    assert main(["attention", str(tmp_path / "broken.png"), str(photo), *words]) == 1
+    assert f"skipped: cannot read the image {tmp_path / 'broken.png'} (" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"photo.npz", "photo_grad_cam.png"}
+
+
+def test_output_among_the_images(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Figures of an earlier call are not looked at, unless they are named, and never replace an image."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    mine = folder / "other_grad_cam.png"  # what the figure of other.png would be called
+    for name in ("photo.png", "other.png", mine.name):
+        shutil.copy(photo, folder / name)
+    words = [*save_classifier(tmp_path, "resnet18"), "--output", "."]
+    for _ in range(2):
+        assert main(["attention", ".", *words]) == 0
+        assert mine.read_bytes() == photo.read_bytes()
+        assert {path.stem for path in folder.glob("*.npz")} == {"other_2", "other_grad_cam", "photo"}
+    capsys.readouterr()
+    assert main(["attention", "photo_grad_cam.png", *words]) == 0
+    assert main(["attention", "photo_*.png", *words]) == 2
+    assert "error: there are only figures of an earlier call in photo_*.png" in capsys.readouterr().err
+
+
+def test_many_images_of_one_name() -> None:
+    files = [Path(str(number), "a.png") for number in range(3000)]
+    assert _names([*files, Path("a_2.png")], Path("out"))[-2:] == ["a_3000", "a_2_2"]
 
 
 def save_detector(folder: Path, *, score_threshold: float = 0.0) -> Path:
@@ -132,8 +175,8 @@ def test_detectors(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     arrays = np.load(tmp_path / "out" / "photo.npz")
     assert arrays["grad_cam"].shape == (90, 120)
     assert arrays["split/backbone.body.layer3.0.conv2"].shape == (2, 256)
-    assert main([*words, "--detection", "5000"]) == 2
-    assert "error: there is no detection 5000; detected: " in capsys.readouterr().err
+    assert main([*words, "--detection", "5000"]) == 1
+    assert f"skipped: {photo}: there is no detection 5000; detected: " in capsys.readouterr().err
     assert main([*words, "--detection", "0"]) == 2
     assert "error: --detection is 0; the best is 1" in capsys.readouterr().err
 
@@ -144,8 +187,10 @@ def test_a_detector_that_finds_nothing(photo: Path, tmp_path: Path, capsys: pyte
     assert main(words) == 0
     assert "nothing is detected, so that there is no Grad-CAM" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"photo.npz", "photo_shares.png"}
-    assert main([*words, "--class", "bee"]) == 2
-    assert "error: there is no detection 1 of 'bee'; detected: nothing" in capsys.readouterr().err
+    words[-1] = str(tmp_path / "bees")
+    assert main([*words, "--class", "bee"]) == 1
+    assert f"skipped: {photo}: there is no detection 1 of 'bee'; detected: nothing" in capsys.readouterr().err
+    assert list((tmp_path / "bees").iterdir()) == []  # no figures without their arrays
 
 
 def test_segmentation_models(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,8 +207,8 @@ def test_segmentation_models(photo: Path, tmp_path: Path, capsys: pytest.Capture
     arrays = np.load(tmp_path / "out" / "photo.npz")
     assert arrays["grad_cam"].shape == (90, 120)
     assert arrays["spatial/backbone.layer1.0.gate.spatial"].shape == (16, 22)  # of the 64 x 85 of eval.short_side
-    assert main([*words, "--class", "sand"]) == 2
-    assert "error: no pixel is found to be 'sand'; ask for one of: sky" in capsys.readouterr().err
+    assert main([*words, "--class", "sand"]) == 1
+    assert f"skipped: {photo}: no pixel is found to be 'sand'; ask for one of: sky" in capsys.readouterr().err
     assert main([*words, "--detection", "1"]) == 2
     assert "error: --detection is for detectors, and this is a model for segmentation" in capsys.readouterr().err
 

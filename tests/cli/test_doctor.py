@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,59 @@ def test_a_sound_folder(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     with Image.open(tmp_path / "out" / "doctor.png") as picture:
         assert picture.width > 1000
     assert printed.endswith(f"findings and pictures: {tmp_path / 'out'}\n")
+
+
+def test_what_is_examined_is_not_written_over(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "coco"
+    shutil.copytree(sample, folder)
+    config = write_detection_config(tmp_path / "tiny.toml", sample=folder, run=tmp_path / "run")
+    annotations, image = folder / "annotations" / "instances_train.json", folder / "train" / "000001.jpg"
+    masks = folder / "ade20k"
+    (tmp_path / "link.json").symlink_to(image)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "doctor.json").symlink_to(annotations)
+    label = next((masks / "annotations").rglob("*.png"))
+    cases = [
+        (folder, "--json", annotations),
+        (folder, "--json", image),
+        (folder, "--json", tmp_path / "link.json"),
+        (folder, "--output", tmp_path / "out"),
+        (annotations, "--json", annotations),
+        (config, "--json", config),
+        (config, "--json", annotations),
+        (masks, "--json", masks / "classes.txt"),
+        (masks, "--json", label),
+    ]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for data, flag, target in cases:
+        assert main(["doctor", str(data), flag, str(target), "--workers", "0"]) == 2
+        message = capsys.readouterr().err
+        assert f"{flag} would overwrite {target}" in message
+        assert "which is examined; name another place" in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for _ in range(2):  # its own files of an earlier call are written anew, in the folder of images too
+        status, printed = examined(capsys, folder, "--output", folder / "train", "--json", folder / "found.json")
+        assert status == 0, printed
+
+
+def test_files_are_written_whole_and_first(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "found.json"
+    file.write_text("before")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        assert main(["doctor", str(sample), "--fast", "--json", str(file)]) == 2
+    assert (file.read_text(), [*tmp_path.iterdir()]) == ("before", [file])
+
+    def refusing(*_: object, **__: object) -> None:
+        raise UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed")
+
+    monkeypatch.setattr("builtins.print", refusing)
+    with pytest.raises(UnicodeEncodeError):
+        main(["doctor", str(sample), "--fast", "--json", str(file), "--output", str(tmp_path / "out")])
+    assert json.loads(file.read_text())["has_errors"] is False
+    assert (tmp_path / "out" / "doctor.png").is_file()
 
 
 def test_errors_are_an_exit_status(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +180,10 @@ def test_a_folder_of_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere is neither a folder or file nor one of the shipped configurations, det/bccd, "),
+        (
+            ["nowhere"],
+            "there is no folder or file nowhere, and nowhere is not one of the 31 shipped experiments",
+        ),
         (["sample"], "sample is in det and in seg; name det/sample or seg/sample"),
         (["lost.toml"], "there is no config file lost.toml"),
         (["det/sample", "model.ancor_sizes=[1]"], "did you mean model.anchor_sizes?"),

@@ -208,7 +208,7 @@ def test_inputs_are_never_replaced(
     mine = (photos / "ants" / "1.png").rename(tmp_path / "pictures" / "1.png")
     content = mine.read_bytes()
     assert run(detector, mine, "--output", tmp_path) == 2
-    assert f"error: --output {tmp_path} would replace the image {mine}; name another" in capsys.readouterr().err
+    assert f"error: --output {tmp_path} would replace the input {mine}; name another" in capsys.readouterr().err
     assert run(detector, photos, "--output", tmp_path) == 2
     assert f"error: --output {tmp_path} holds other things than predictions" in capsys.readouterr().err
     assert mine.read_bytes() == content
@@ -233,6 +233,48 @@ def test_unreadable_images_are_skipped(
     assert f"skipped: cannot read the video {photos / 'clip.mp4'}: OpenCV finds no frame" in printed
     assert not (tmp_path / "out" / "pictures" / "bees" / "0.jpg").exists()
     assert not (tmp_path / "out" / "frames").exists()
+
+
+@pytest.mark.parametrize("place", ["frames/clip.png", "frames/clip.jsonl", "predictions.json"])
+def test_legends_frames_and_results_replace_no_input(
+    place: str, detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = write_video(tmp_path / "clip.mp4")
+    mine = tmp_path / place
+    mine.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels(20, 30)).save(mine, "png")
+    content = mine.read_bytes()
+    (tmp_path / "predictions.json").touch()
+    assert run(detector, clip, mine, "--output", tmp_path) == 2
+    assert f"error: --output {tmp_path} would replace the input {mine}; name another" in capsys.readouterr().err
+    assert mine.read_bytes() == content
+
+
+def test_what_is_too_long_is_skipped(
+    detector: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = photos / "ants" / "0.png"
+    Image.fromarray(pixels(1, 4000)).save(long)
+    assert run(detector, photos, "--output", tmp_path / "out") == 1
+    results = read_results(tmp_path / "out")
+    assert len(results["images"]) == 3
+    assert [skipped["file"] for skipped in results["skipped"]] == [str(long)]
+    assert f"skipped: {long}: an image is 4000 x 1 pixels: resized to a long side" in capsys.readouterr().err
+
+
+def test_a_video_that_cannot_be_written_has_its_frames_in_json(
+    detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = write_video(tmp_path / "clip.mp4")
+    monkeypatch.setattr("resnest_det.data.videos._CODEC", "none")
+    assert run(detector, clip, "--output", tmp_path / "out", "--batch-size", 2) == 1
+    results = read_results(tmp_path / "out")
+    (video,), (skipped,) = results["videos"], results["skipped"]
+    assert "picture" not in video
+    assert len((tmp_path / "out" / video["frames"]).read_text().splitlines()) == video["num_frames"] == 5
+    assert skipped["file"] == str(clip)
+    assert skipped["reason"].startswith(f"{clip}: the video {tmp_path / 'out' / 'pictures' / 'clip.mp4'} of ")
+    assert f"skipped: {clip}: " in capsys.readouterr().err
 
 
 def test_nothing_can_be_read(detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,16 @@ def test_folder_that_is_left_out(folder: Path) -> None:
     assert names(find_images([folder / "b" / "1.jpg"], leave_out=[out]), folder) == ["b/1.jpg"]  # it is named
 
 
+@pytest.mark.parametrize("pattern", ["", "**/*.jpg", "**", "[b]/**/*.jpg"])
+def test_links_in_circles(pattern: str, folder: Path) -> None:
+    for name in ("one", "two"):
+        (folder / "b" / name).symlink_to(folder / "b")
+    (folder / "b" / "up").symlink_to(folder)
+    (folder / "c").symlink_to(folder / "b")  # no circle, and so a folder of its own
+    found = [name for name in names(find_images([folder / pattern]), folder) if name.endswith(".jpg")]
+    assert found == (["b/1.jpg"] if pattern.startswith("[b]") else ["b/1.jpg", "c/1.jpg"])
+
+
 def test_no_images(tmp_path: Path) -> None:
     (tmp_path / "x.txt").touch()
     with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no images; they end in .jpg"):

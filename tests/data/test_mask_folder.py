@@ -104,6 +104,13 @@ def test_files_are_matched_by_path_without_suffix(tmp_path: Path) -> None:
         data.mask_path(7)
 
 
+def test_links_in_circles(tmp_path: Path) -> None:
+    pair(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / "images" / name).symlink_to(tmp_path / "images")
+    assert len(read(tmp_path)) == 1
+
+
 def test_nothing_is_opened_before_it_is_asked_for(tmp_path: Path) -> None:
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()

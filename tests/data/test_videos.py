@@ -46,6 +46,24 @@ def test_of_an_odd_side_the_last_pixels_are_left_out(tmp_path: Path) -> None:
         assert [picture.shape for picture in reader] == [(48, 64, 3)]
 
 
+@pytest.mark.parametrize("rate", [119.8734, 66.1234, 59.94006, 23.976, 30000 / 1001, 0.002, 0.3333, 1000.7, 90000])
+def test_rates_are_rounded_to_what_the_codec_holds(rate: float, tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "clip.mp4", rate) as writer:
+        for number in range(3):
+            writer.write(frame(number))
+    with VideoReader(tmp_path / "clip.mp4") as reader:
+        assert reader.frames_per_second == pytest.approx(min(max(rate, 0.01), 65535), rel=1e-2)
+        assert len(list(reader)) == 3
+
+
+def test_a_pixel_is_shown_as_two(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "clip.mp4", 10) as writer:
+        writer.write(frame(3, 1, 1))
+    with VideoReader(tmp_path / "clip.mp4") as reader:
+        assert reader.size == (2, 2)
+        assert [picture.shape for picture in reader] == [(2, 2, 3)]
+
+
 def test_nothing_written_leaves_no_file(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "clip.mp4", 10):
         pass
@@ -59,6 +77,6 @@ def test_unreadable_and_unwritable(tmp_path: Path) -> None:
             VideoReader(tmp_path / name)
     with (
         VideoWriter(tmp_path / "nowhere" / "clip.mp4", 10) as writer,
-        pytest.raises(OSError, match=r"clip\.mp4 of 64 x 48 pixels cannot be written"),
+        pytest.raises(OSError, match=r"clip\.mp4 of 64 x 48 pixels and 10 frames a second cannot be written"),
     ):
         writer.write(frame(0))

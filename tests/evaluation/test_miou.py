@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -379,8 +380,12 @@ def gathered(rank: int, folder: str, splits: list[list[int]]) -> None:
     metric.merge()
     metric.reset()
     metric.update(predictions[:1], masks[:1], ["same.png"])
-    with pytest.raises(ValueError, match="the image same.png came twice"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         metric.merge()
+    assert ["the name 'same.png' came twice" in str(warning.message) for warning in caught] == [True] * (rank == 0)
+    assert metric.image_scores == {}
+    metric.compute()
     Path(folder, f"{rank}.json").write_text(json.dumps([results, str(error.value)]))
     dist.destroy_process_group()
 
@@ -435,13 +440,34 @@ def test_images_of_the_same_name() -> None:
     metric = street()
     mask = labels([0, 1])
     metric.update([mask], [mask], ["a.png"])
-    with pytest.raises(ValueError, match="the image a.png came twice; every image counts once"):
+    with pytest.warns(UserWarning, match="the name 'a.png' came twice: there are no scores of single images"):
         metric.update([mask], [mask], ["a.png"])
-    with pytest.raises(ValueError, match="the image b.png came twice"):
-        metric.update([mask, mask], [mask, mask], ["b.png", "b.png"])
-    with pytest.raises(ValueError, match="1 names came for 2 images"):
-        metric.update([mask, mask], [mask, mask], ["b.png"])
+    metric.update([mask, mask], [mask, mask], ["b.png", "b.png"])  # it is warned of once
+    metric.merge()
+    assert metric.compute()["mIoU"] == 1.0
+    assert metric.image_scores == {}
+    metric.reset()
+    metric.update([mask], [mask], ["a.png"])
     assert metric.image_scores == {"a.png": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["b", "b"], "the name 'b' came twice"),
+        (["b"], "1 names came for 2 images"),
+        ([], "0 names came for 2 images"),
+        ("bc", "one string came for 2 images"),
+        ([1, 2], "a name is of type int, no string"),
+    ],
+)
+def test_names_never_make_an_evaluation_fail(names: Any, message: str) -> None:
+    metric = street()
+    mask = labels([0, 1])
+    with pytest.warns(UserWarning, match=message):
+        metric.update([mask, mask], [mask, mask], names)
+    assert metric.image_scores == {}
+    assert metric.compute()["mIoU"] == 1.0
 
 
 # --- mistakes ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnest_det.evaluation import CocoMeanAveragePrecision, evaluate
+from resnest_det.evaluation import CocoMeanAveragePrecision, MeanIoU, evaluate
 
 Batch = tuple[list[Tensor], list[dict[str, Any]], list[str]]
 
@@ -286,6 +287,24 @@ def test_a_metric_of_images_gets_their_names() -> None:
     evaluate(FixedDetector(BOX), batches(range(2)), metric)
     assert metric.image_scores == {"0.jpg": 1.0, "1.jpg": 1.0}
     # What else a loader may give behind the targets is no name.
-    for rest in ([], [[7]], [torch.tensor([7])], [None]):
+    others: tuple[list[Any], ...] = ([], [[]], [[7]], [torch.tensor([7])], [None])
+    for rest in others:
         evaluate(FixedDetector(BOX), [(images, targets, *rest) for images, targets, _ in batches(range(2))], metric)
         assert metric.image_scores == {"unnamed": 1.0}
+
+
+@pytest.mark.parametrize("rest", [["day", "day"], [], ["day"]])
+def test_strings_that_are_no_names_leave_the_results_as_they_are(rest: list[str]) -> None:
+    images, masks = [torch.zeros(3, 4, 4, dtype=torch.uint8)] * 2, [torch.zeros(4, 4, dtype=torch.int64)] * 2
+    metric = MeanIoU({0: "ground"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        numbers = evaluate(_Ground(), [(images, masks, rest)] * 2, metric)
+    assert numbers["mIoU"] == 1.0
+    assert metric.image_scores == {}
+    assert len(caught) == bool(rest)
+
+
+class _Ground(nn.Module):
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        return [torch.zeros(image.shape[1:], dtype=torch.int64) for image in images]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -118,12 +119,71 @@ def test_segmentations(runs: Path, tmp_path: Path) -> None:
     content = json.loads((other / "results.json").read_text())
     content["classes"][1]["IoU"] = 0.25
     (other / "results.json").write_text(json.dumps(content))
+    change_setting(other, "seed = 0", "seed = 1")
     comparison = compare_runs([runs / "seg", other])
-    (experiment,) = comparison.experiments  # the same settings: they count as seeds
+    (experiment,) = comparison.experiments
     assert experiment.classes["classes"]["<i>thing"].mean == 0.125
     assert "IoU by class" in comparison.table()
     write_comparison(tmp_path / "page.html", comparison)
     assert "<i>thing" in read_page(tmp_path / "page.html").text
+
+
+# --- which runs are seeds of one experiment ---
+
+
+def change_setting(folder: Path, old: str, new: str) -> None:
+    text = (folder / "config.toml").read_text()
+    assert text.count(f"\n{old}\n") == 1
+    (folder / "config.toml").write_text(text.replace(f"\n{old}\n", f"\n{new}\n"))
+
+
+def test_where_seeds_ran_does_not_matter(runs: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(runs / "base1", tmp_path / "other")
+    for key, value in (("num_workers", "7"), ("device", '"cpu"'), ("keep_last", "5")):
+        (line,) = [line for line in (other / "config.toml").read_text().splitlines() if line.startswith(f"{key} =")]
+        change_setting(other, line, f"{key} = {value}")
+    comparison = compare_runs([runs / "base0", other, runs / "higher"])
+    assert [experiment.title for experiment in comparison.experiments] == ["base0 (2 seeds)", "higher"]
+    assert set(comparison.settings) == {"optim.epochs", "optim.lr"}
+    assert comparison.notes == []
+    assert "data.num_workers" in compare_runs([runs / "higher", other]).settings
+
+
+def test_the_same_seed_again_is_no_further_seed(runs: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(runs / "base0", tmp_path / "again")
+    comparison = compare_runs([runs / "base0", again, runs / "base1"])
+    assert [experiment.title for experiment in comparison.experiments] == ["base0 (2 seeds)", "again"]
+    assert comparison.notes == [
+        f"{again} is no further seed, and stands apart: its settings and its seed, 0, are those of {runs / 'base0'}"
+    ]
+
+
+def test_seeds_of_other_code_or_other_data_stand_apart(runs: Path, tmp_path: Path) -> None:
+    code, data = (shutil.copytree(runs / "base1", tmp_path / name) for name in ("code", "data"))
+    for folder, commit in ((runs / "base0", "a" * 40), (code, "b" * 40), (data, None)):
+        (start,) = json.loads((folder / "provenance.json").read_text())
+        folder = shutil.copytree(folder, tmp_path / "base0") if folder == runs / "base0" else folder
+        (folder / "provenance.json").write_text(json.dumps([start | {"commit": commit}]))
+    content = json.loads((data / "results.json").read_text())
+    content["classes"][0]["num_boxes"] = 9
+    (data / "results.json").write_text(json.dumps(content))
+    comparison = compare_runs([tmp_path / "base0", code, data])
+    assert [len(experiment.runs) for experiment in comparison.experiments] == [1, 1, 1]
+    reasons = [note.partition("apart: ")[2] for note in comparison.notes[:2]]
+    assert reasons == [
+        f"its git commit differs from that of {tmp_path / 'base0'}: {'b' * 40} and {'a' * 40}",
+        f"its validation set differs from that of {tmp_path / 'base0'}",
+    ]
+
+
+def test_the_newest_measurement_is_compared(runs: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(runs / "higher", tmp_path / "other")
+    content = json.loads((other / "results.json").read_text())
+    content["results"]["AP"] = 0.875
+    (other / "results-2.json").write_text(json.dumps(content))
+    comparison = compare_runs([runs / "base0", other])
+    assert comparison.experiments[1].results["AP"].mean == 0.875
+    assert comparison.notes == [f"{other} was measured again: its numbers are those of results-2.json"]
 
 
 # --- what cannot be compared ---
@@ -173,6 +233,16 @@ def test_a_run_that_has_not_ended_is_compared_by_its_best_evaluation(runs: Path,
     ]
     (other / "metrics.jsonl").unlink()
     assert compare_runs([runs / "base0", other]).notes == [f"{other} has no results: it was not evaluated yet"]
+
+
+def test_a_run_that_has_not_ended_on_other_data_has_no_differences(runs: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(runs / "higher", tmp_path / "other")
+    (other / "results.json").unlink()
+    config = other / "config.toml"
+    config.write_text(re.sub(r'(?m)^root = ".*"', 'root = "elsewhere"', config.read_text()))
+    comparison = compare_runs([runs / "base0", other])
+    assert not comparison.same_data
+    assert f"what {other} was measured on is not known: no differences are given" in comparison.notes
 
 
 @pytest.mark.parametrize(

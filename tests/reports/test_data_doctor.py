@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import struct
 import warnings
@@ -25,6 +26,7 @@ from torchvision.ops import box_iou
 from resnest_det.data import ADE20K_CLASS_NAMES, CocoDetection, MaskFolder, read_class_list
 from resnest_det.data.files import UnreadableImageError, read_rgb
 from resnest_det.data.sample import write_sample_dataset
+from resnest_det.reports import coco_doctor
 from resnest_det.reports.anchor_fit import Anchors, better_anchors
 from resnest_det.reports.coco_doctor import examine_coco
 from resnest_det.reports.data_doctor import KINDS, DataReport, Occurrence
@@ -439,7 +441,7 @@ def test_classes_of_the_splits(tmp_path: Path) -> None:
     assert (val.split, val.severity, val.examples[0].detail) == ("val", "info", "cat: none here, 80 elsewhere")
     data.annotation(10)["category_id"] = 2
     example = the_example(data.examine(), "class-imbalance")
-    assert example.detail == "dog: 1 objects; cat: 79"
+    assert example.detail == "objects: dog 1, cat 79"
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
@@ -450,6 +452,97 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
     assert found_codes(report) == {"no-objects", "crowd-region", "class-absent"}
     data.train = {"images": [], "annotations": [], "categories": []}
     assert {"no-images", "no-categories"} <= found_codes(data.examine())
+
+
+def test_boxes_that_training_drops_are_nothing_to_train_on(tmp_path: Path) -> None:
+    data = CocoSet(tmp_path)
+    for one in data.train["annotations"]:
+        one["bbox"] = [500, 500, 9, 9]
+    assert "no-objects" in found_codes(data.examine())
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(ValueError, match="none of its 40 images is left for training"),
+    ):
+        CocoDetection(tmp_path / "train", tmp_path / "train.json", train=True)
+    data = CocoSet(tmp_path / "more")
+    shutil.rmtree(data.folder / "train")
+    (data.folder / "train").mkdir()
+    assert found_codes(data.examine()) == {"image-missing", "no-objects"}
+
+
+@pytest.mark.parametrize(
+    ("name", "detail"),
+    [
+        ("a\0/b.png", "its folder cannot be read: embedded null byte"),
+        ("a\0.png", "id 1"),
+        (f"{'A' * 300}.png", "id 1"),
+        (f"{'A' * 300}/B.png", "its folder cannot be read: File name too long"),
+    ],
+    ids=["null-folder", "null", "long", "long-folder"],
+)
+def test_names_that_no_file_can_have(name: str, detail: str, tmp_path: Path) -> None:
+    data = CocoSet(tmp_path)
+    data.image(1)["file_name"] = name
+    report = data.examine()
+    assert found_codes(report) == {"image-missing"}
+    example = the_example(report, "image-missing")
+    assert (example.file, example.detail) == (name, detail)
+    assert set(find_coco_splits(tmp_path)) == {"train", "val"}
+
+
+def test_a_sub_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = CocoSet(tmp_path)
+    data.image(1)["file_name"] = "sub/1.jpg"
+    scandir = os.scandir
+
+    def refusing(path: Path) -> Any:
+        if path.name == "sub":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    example = the_example(data.examine(), "image-missing")
+    assert (example.file, example.detail) == ("sub/1.jpg", "its folder cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_implausible_sizes_are_drawn_without_a_crash(decode: bool, tmp_path: Path) -> None:
+    data = CocoSet(tmp_path)
+    sound = data.examine(num_pictures=2).drawings[0].draw()
+    for image in data.train["images"]:
+        image.update(width=1_000_000, height=1_000_000)
+    drawn = data.examine(num_pictures=2, decode=decode).drawings[0].draw()
+    assert drawn is not None
+    assert sound is not None
+    assert np.array_equal(drawn, sound) == decode  # its masks are those of the file's size
+
+
+def test_no_dense_masks_of_boxes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = CocoSet(tmp_path)
+    for one in data.train["annotations"]:
+        del one["segmentation"]
+    given: list[Any] = []
+
+    def drawing(image: NDArray[np.uint8], *_: Any, masks: Any, **__: Any) -> NDArray[np.uint8]:
+        given.append(masks)
+        return image
+
+    monkeypatch.setattr(coco_doctor, "draw_boxes", drawing)
+    train, val = data.examine(num_pictures=2).drawings
+    assert train.draw() is not None
+    assert val.draw() is not None
+    assert given[0] is None
+    assert len(given[1]) == 2
+
+
+def test_ids_as_large_as_they_can_be(tmp_path: Path) -> None:
+    data = CocoSet(tmp_path)
+    for document in (data.train, data.val):
+        for entry in (*document["categories"], *document["annotations"]):
+            key = "category_id" if "category_id" in entry else "id"
+            entry[key] = {1: -(2**62), 2: 2**62 + 9}[entry[key]]
+    (finding,) = data.examine().found("category-ids-have-holes")
+    assert finding.count == 2**63 + 8
 
 
 # --- files that are no COCO files
@@ -709,6 +802,16 @@ def test_anchors_of_a_data_set_and_the_line_to_paste(tmp_path: Path) -> None:
     assert (Anchors().best_ious(objects) < 0.5).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_wrong_boxes_are_no_objects_of_the_anchors(tmp_path: Path) -> None:
+    data = CocoSet(tmp_path)
+    boxes: list[list[float]] = [[1e308] * 4, [0, 0, 1e308, 1e308], [500, 500, 40, 40], [60, 4, 3, 0.2]]
+    for number, box in enumerate(boxes):
+        add(data, 900 + number, 1, box)
+    (finding,) = data.examine(anchors=Anchors(min_size=HEIGHT, max_size=WIDTH)).found("anchors")
+    assert finding.count == 2 * NUM_IMAGES
+
+
 # --- folders of masks
 
 
@@ -818,7 +921,7 @@ def test_masks_without_a_label(tmp_path: Path) -> None:
 def test_values_that_tell_what_they_mean(tmp_path: Path) -> None:
     data = MaskSet(tmp_path)
     data.fill(0, 3)
-    assert data.examine().found("mask-values")[0].suggestion == "data.first_class_value=1"
+    assert data.examine().found("mask-values")[0].suggestion == "data.first_class_value=1 data.ignore_value=0"
     data = MaskSet(tmp_path / "more")
     train, val = data.examine(ignore_value=None).found("mask-values")
     assert train.suggestion == val.suggestion == "data.ignore_value=255"
@@ -863,6 +966,30 @@ def test_values_are_those_that_training_reads(mode: str, tmp_path: Path) -> None
     report = examine_masks({"train": (tmp_path / "images", tmp_path / "masks")}, names, num_workers=0, progress=False)
     assert list(report.splits["train"].numbers["classes"].values()) == np.bincount(values.ravel(), minlength=9).tolist()
     assert not report.has_errors
+
+
+def test_more_classes_than_a_mask_can_hold(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    noise(0).save(tmp_path / "images" / "0.jpg")
+    values = np.full((HEIGHT, WIDTH), 254, np.uint8)
+    values[:9] = 253
+    Image.fromarray(values).save(tmp_path / "masks" / "0.png")
+    splits = {"all": (tmp_path / "images", tmp_path / "masks")}
+    names = [f"class {number}" for number in range(300)]
+    report = examine_masks(splits, names, ignore_value=None, num_workers=0, progress=False)
+    assert the_example(report, "too-many-classes").detail == "300 classes, expected 1 to 254"
+    assert report.found("mask-values") == []
+    with pytest.raises(ValueError, match="it needs 1 to 254"):
+        MaskFolder(*splits["all"], names)
+    drawn = report.drawings[0].draw()
+    assert drawn is not None
+    assert not (drawn == (255, 0, 255)).all(axis=-1).any()  # 254 is a class here
+    sound = examine_masks(splits, names[:254], num_workers=0, progress=False)
+    assert found_codes(sound) == {"mask-values"}
+    drawn = sound.drawings[0].draw()
+    assert drawn is not None
+    assert (drawn == (255, 0, 255)).all(axis=-1).any()
 
 
 def write_grey_of_4_bits(path: Path, values: NDArray[np.int64]) -> None:
@@ -1052,6 +1179,28 @@ def test_images_that_are_nowhere(tmp_path: Path) -> None:
     write_json(tmp_path / "annotations" / "instances_train.json", "lost.jpg")
     with pytest.raises(ValueError, match=r"such as lost\.jpg, are in none of the folders .* name theirs with --images"):
         find_coco_splits(tmp_path)
+
+
+def test_panoptic_pictures_are_no_masks(tmp_path: Path) -> None:
+    for name in ("images/train2017", "annotations/panoptic_train2017"):
+        (tmp_path / name).mkdir(parents=True)
+        noise(0).save(tmp_path / name / "one.png")
+    assert find_mask_splits(tmp_path) is not None
+    write_json(tmp_path / "annotations" / "instances_train2017.json", "one.png")
+    assert find_mask_splits(tmp_path) is None
+    assert list(find_coco_splits(tmp_path)) == ["train2017"]
+
+
+def test_other_json_is_no_split(tmp_path: Path) -> None:
+    noise(0).save(tmp_path / "one.jpg")
+    write_json(tmp_path / "train.json", "one.jpg")
+    report = examine_coco(find_coco_splits(tmp_path), progress=False)
+    (tmp_path / "doctor.json").write_text(json.dumps(report.as_dict()))
+    (tmp_path / "info.json").write_text('{"year": 2026, "images": 3}')
+    (tmp_path / "empty.json").touch()
+    assert list(find_coco_splits(tmp_path)) == ["train"]
+    (tmp_path / "val.json").write_text((tmp_path / "train.json").read_text(), encoding="utf-16")
+    assert list(find_coco_splits(tmp_path)) == ["train", "val"]
 
 
 @pytest.mark.parametrize(

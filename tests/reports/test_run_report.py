@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from resnest_det.cli import main
 from resnest_det.reports import (
     detection_examples,
+    note_end,
     note_start,
     read_run,
     segmentation_examples,
@@ -218,6 +220,79 @@ def test_what_is_missing_is_said(copied: Path, capsys: pytest.CaptureFixture[str
     assert "Settings that differ from their defaults" not in page.tables
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3", '{"a": 1}', "[1]", "[{}]", "null"])
+def test_damaged_files_count_as_missing(content: str, copied: Path) -> None:
+    names = ["results", "errors", "confusion_matrix", "precision_recall", "examples", "provenance"]
+    for name in names:
+        (copied / f"{name}.json").write_text(content)
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write('3\n{"kind": "train"}\n')
+    (copied / "error.txt").write_text("")
+    write_run_report(copied)
+    run = read_run(copied)
+    for name in names:
+        allowed = name == "provenance" and content == "[]"
+        assert allowed or any(sentence.startswith(f"{name}.json") for sentence in run.missing)
+    assert "metrics.jsonl: 2 of its lines are no records" in run.missing
+    assert (run.starts, run.examples, run.results) == ([], None, {"AP": 0.3, "AP50": 0.3})
+    note_end(copied, skipped=[], warnings=["late"])
+    assert read_run(copied).starts == [] if content == "[{}]" else read_run(copied).starts[-1]["warnings"] == ["late"]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value", "mistake"),
+    [
+        ("provenance", [0, "packages"], None, "start 1 cannot be read (packages: Field required)"),
+        ("examples", ["worst", 0, "pictures"], None, "cannot be read (worst.0.pictures: Field required)"),
+        ("results", ["classes", 1, "num_boxes"], None, "cannot be read (a class has "),
+        ("results", ["classes", 0, "AP"], "high", "cannot be read (a number of the class disc is a string)"),
+        ("confusion_matrix", ["counts", 1], [1], "cannot be read (counts is no table of 3 rows of 3 numbers)"),
+        ("precision_recall", ["recalls"], [0.5], "cannot be read (precisions is no table of 2 rows of 1 numbers)"),
+        ("errors", ["main", "missed"], 3, "cannot be read (main.missed: "),
+    ],
+)
+def test_files_of_another_shape_count_as_missing(
+    name: str, keys: list[str | int], value: object, mistake: str, copied: Path
+) -> None:
+    content = json.loads((copied / f"{name}.json").read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    if value is None:
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = value
+    (copied / f"{name}.json").write_text(json.dumps(content))
+    write_run_report(copied)
+    (sentence,) = read_run(copied).missing
+    assert sentence.startswith(f"{name}.json")
+    assert mistake in sentence
+
+
+def test_pictures_that_are_none_are_left_out(copied: Path) -> None:
+    (copied / "precision_recall.json").unlink()
+    for name in ("examples/worst_1_prediction.webp", "precision_recall.png"):
+        (copied / name).write_bytes(b"no picture")
+    write_run_report(copied)
+    page = read_page(copied / "report.html")
+    assert "none.png: ground truth" in page.alternatives
+    assert "none.png: prediction" not in page.alternatives
+    assert "examples/worst_1_prediction.webp, or a picture in it" in read_run(copied).missing
+
+
+def test_a_write_that_fails_leaves_what_was_there(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (copied / "provenance.json").read_text()
+
+    def fail(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        note_start(copied, CPU)
+    assert (copied / "provenance.json").read_text() == before
+    assert not list(copied.glob(".*.tmp"))
+
+
 def test_an_older_run_has_its_curves_as_a_picture(copied: Path) -> None:
     (copied / "precision_recall.json").unlink()
     write_run_report(copied)
@@ -248,6 +323,35 @@ def test_an_evaluation_by_itself(copied: Path) -> None:
     assert "best_other" in page.text
     assert page.tables["All classes"][1][0] == "0.875"
     assert read_page(copied / "report.html").tables["All classes"][1][0] != "0.875"
+
+
+def test_a_second_measurement_is_the_runs_own(copied: Path) -> None:
+    content = json.loads((copied / "results.json").read_text())
+    content["results"]["AP"] = 0.875
+    (copied / "results-2.json").write_text(json.dumps(content))
+    (copied / "error.txt").write_text("ValueError: full")
+    note = "Of the best checkpoint, on the validation set. The run was measured again: this is measurement 2, of "
+    assert main(["report", str(copied)]) == 0
+    for name in ("report.html", "report-2.html"):  # the run's page is of the newest measurement
+        page = read_page(copied / name)
+        assert page.tables["All classes"][1][0] == "0.875"
+        assert note + "results-2.json" in page.text
+        assert "The run failed" in page.text
+    run = read_run(copied)
+    assert (run.suffix, run.measurement, run.measured_epoch) == ("-2", 2, 2)
+    (copied / "results_best_other.json").write_text(json.dumps(content))
+    assert read_run(copied, suffix="_best_other").measurement is None
+
+
+def test_errors_of_every_process(copied: Path) -> None:
+    (copied / "error.txt").write_bytes(b"RuntimeError: connection \xff closed\n")
+    (copied / "error-1.txt").write_text("Traceback\nValueError: the true cause\n")
+    (copied / "error-10.txt").write_text(" \n")
+    write_run_report(copied)
+    text = read_page(copied / "report.html").text
+    assert "RuntimeError: connection \N{REPLACEMENT CHARACTER} closed" in text
+    assert "error-1.txt: ValueError: the true cause" in text
+    assert list(read_run(copied).errors) == ["error.txt", "error-1.txt", "error-10.txt"]
 
 
 def test_classes_without_objects_are_named_below_the_table(copied: Path) -> None:
@@ -289,7 +393,8 @@ def test_no_run_folder(
 
 
 def test_an_evaluation_that_is_not_there(copied: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no results_other\.json; its evaluations are \[''\]"):
+    message = 'has no results_other.json; give the suffix of an evaluation that is there: "" (the run itself)'
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
         write_run_report(copied, suffix="_other")
 
 

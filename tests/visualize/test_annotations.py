@@ -53,6 +53,15 @@ def test_captions_stand_above_and_are_broken_where_the_cell_ends() -> None:
         assert ink.max() < 12 + 100
 
 
+def test_captions_of_other_letters_have_a_font_and_any_name_is_written() -> None:
+    pictures = [plain(20, 100, RED)]
+    greek, lacking = (captioned_grid(pictures, [text]) for text in ("αβγ", "\U0010fffd" * 3))
+    assert not np.array_equal(greek, lacking)
+    letters = {captioned_grid(pictures, [letter]).tobytes() for letter in "жшщ"}
+    assert len(letters) == 3  # and not the box of what a font lacks
+    captioned_grid(pictures, ["no UTF-8: \udcff.jpg"])
+
+
 def test_tensors_are_pictures_too() -> None:
     tensor = torch.zeros(3, 20, 30, dtype=torch.uint8)
     tensor[0] = 255

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from resnest_det.visualize import class_colour, compare_detections, draw_boxes
+from resnest_det.visualize import class_colour, compare_detections, detections, draw_boxes
 from resnest_det.visualize.detections import _draw_link, place_tags
 
 NAMES = {1: "disc", 2: "square", 3: "a name that is far too long for its box"}
@@ -294,6 +294,26 @@ def test_names_get_smaller_in_a_crowd_only() -> None:
 
     assert 1333 / 36 < height_of_best_name(2) < 1333 / 36 + 14  # with margins above and below
     assert 1333 / 80 < height_of_best_name(80) < 1333 / 80 + 14
+
+
+def test_of_very_many_boxes_all_are_drawn_and_the_best_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[int] = []
+
+    def counted(boxes: Any, sizes: Any, picture_size: Any) -> Any:
+        placed.append(len(boxes))
+        return place_tags(boxes, sizes, picture_size)
+
+    monkeypatch.setattr(detections, "place_tags", counted)
+    corners = np.stack(np.meshgrid(np.arange(25) * 40, np.arange(20) * 40), axis=-1).reshape(-1, 2) + 5.0
+    boxes = np.concatenate([corners, corners + 30], axis=1)
+    labels, scores = np.ones(500, np.int64), np.linspace(0, 1, 500)
+    picture = draw_boxes(np.full((805, 1005, 3), 128, np.uint8), boxes, labels, {1: "a"}, scores, scale=1)
+    assert max(placed) == 200
+    coloured = has_colour(picture, 1)
+    assert all(coloured[y : y + 30, x].sum() > 20 for x, y in corners.astype(int))
+    named = (picture == 255).all(axis=-1) | (picture == 16).all(axis=-1)
+    assert named[-320:].any()
+    assert not named[:400].any()  # of low scores
 
 
 def test_long_names_are_shortened_to_the_picture() -> None:
