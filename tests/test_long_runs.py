@@ -116,6 +116,7 @@ def test_a_signal_to_the_whole_group_ends_the_run_with_the_line_that_resumes_it(
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_with_several_processes(sample: Path, tmp_path: Path) -> None:
     """The terminal signals all of them, and torchrun signals its processes once more."""
     config = write_detection_config(tmp_path / "det.toml", sample=sample, run=tmp_path / "run")

@@ -72,6 +72,7 @@ def test_a_run_of_two_processes(sample: Path, tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "run").iterdir()} == files
 
 
+@pytest.mark.slow
 def test_a_run_that_is_sharded(sample: Path, tmp_path: Path) -> None:
     """Steps of two batches, an average, clipped gradients, frozen stages, and an evaluation of unequal parts."""
     run = tmp_path / "run"
