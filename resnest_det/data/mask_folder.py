@@ -7,13 +7,13 @@ import posixpath
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NoReturn, Protocol, TypeAlias
+from typing import Any, Literal, NoReturn, Protocol, TypeAlias
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from resnest_det.data.files import (
@@ -123,19 +123,14 @@ class MaskFolder(ImageFiles[MaskedImage]):
         path = self.mask_path(index)
         try:
             with Image.open(path) as file:
-                mode = file.mode
-                is_index = mode in _INDEX_MODES or mode.startswith("I")
-                form = file.tile[0][3] if file.tile else None  # known until the pixels are read
-                values = np.array(file) if is_index else np.empty((0, 0), np.uint8)
+                mode, values = file.mode, read_mask_values(file)
         except Exception as error:  # as in read_rgb
             raise UnreadableImageError(f"cannot read the mask {path} ({type(error).__name__}: {error})") from error
-        if not is_index:
+        if values is None:
             raise ValueError(
                 f"{path} is a picture of mode {mode}, but a mask holds one class index a pixel; turn its colours into "
                 f"indices and save it as grey (mode L) or palette (mode P)"
             )
-        if mode == "L" and form in _SPREAD:
-            values //= _SPREAD[form]
         if values.dtype != np.uint8:  # 1, 16 or 32 bit
             inside = (values >= 0) & (values < _NUM_VALUES)
             mask = np.where(inside, self._table[np.where(inside, values, 0).astype(np.uint16)], np.uint8(_UNKNOWN))
@@ -229,7 +224,7 @@ def _matched(images: Path, masks: Path) -> tuple[list[str], list[str]]:
             raise FileNotFoundError(f"the {kind} folder {folder} does not exist; {describe_near(folder, '')}")
     if images.samefile(masks):
         raise ValueError(f"images and masks are one folder, {images}; put the masks into a folder of their own")
-    image_of, mask_of = _files_by_stem(images, IMAGE_SUFFIXES), _files_by_stem(masks, MASK_SUFFIXES)
+    image_of, mask_of = _file_of_each_stem(images, IMAGE_SUFFIXES), _file_of_each_stem(masks, MASK_SUFFIXES)
     if not image_of:
         raise FileNotFoundError(f"{images} holds no images; they end in {', '.join(IMAGE_SUFFIXES)}")
     without_mask = sorted(image_of[stem] for stem in image_of.keys() - mask_of.keys())
@@ -252,14 +247,32 @@ def _matched(images: Path, masks: Path) -> tuple[list[str], list[str]]:
     return [image_of[stem] for stem in stems], [mask_of[stem] for stem in stems]
 
 
-def _files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
-    """Relative path without suffix -> relative path, of the files below `folder` that end in one of `suffixes`."""
+def read_mask_values(file: ImageFile.ImageFile) -> NDArray[Any] | None:
+    """The values (H, W) of a mask that Pillow opened, as they were saved; None of a picture of colours."""
+    mode = file.mode
+    if mode not in _INDEX_MODES and not mode.startswith("I"):
+        return None
+    form = file.tile[0][3] if file.tile else None  # known until the pixels are read
+    values = np.array(file)
+    if mode == "L" and form in _SPREAD:
+        values //= _SPREAD[form]
+    return values
+
+
+def files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, list[str]]:
+    """Relative path without suffix -> relative paths, of the files below `folder` that end in one of `suffixes`."""
     found: dict[str, list[str]] = defaultdict(list)
     for parent, files in walk_folders(folder):
-        for name in files:
+        for name in sorted(files):
             if name.lower().endswith(tuple(suffixes)):
                 path = (parent.relative_to(folder) / name).as_posix()
                 found[posixpath.splitext(path)[0]].append(path)
+    return dict(found)
+
+
+def _file_of_each_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
+    """Relative path without suffix -> relative path; a ValueError where several files differ in their suffix only."""
+    found = files_by_stem(folder, suffixes)
     if doubles := sorted(stem for stem, paths in found.items() if len(paths) > 1):
         raise ValueError(
             f"{folder} has {len(doubles)} names with more than one file: {listed(sorted(found[doubles[0]]))}"

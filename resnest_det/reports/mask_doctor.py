@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import posixpath
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image
 
 from resnest_det.data.ade20k import ADE20K_CLASS_NAMES, ADE20K_PALETTE
 from resnest_det.data.files import describe_near, listed, read_rgb
-from resnest_det.data.mask_folder import IMAGE_SUFFIXES, MASK_SUFFIXES, MAX_CLASSES
+from resnest_det.data.mask_folder import IMAGE_SUFFIXES, MASK_SUFFIXES, MAX_CLASSES, files_by_stem, read_mask_values
 from resnest_det.reports.data_doctor import (
     DataReport,
     Occurrence,
@@ -31,8 +30,6 @@ from resnest_det.visualize import class_colour, class_legend, paint_segmentation
 from resnest_det.visualize.pictures import Picture, readable_scale
 
 _NUM_VALUES = 2**16  # that a mask file of up to 16 bits can hold
-_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads grey of 2 and 4 bits over 0..255 by these factors
-_INDEX_MODES = ("L", "P", "1")  # of Pillow, besides the integer modes that begin with I
 _MOSTLY = 0.5  # share of the pixels, or the masks, that are not labelled, from which on it is a warning
 _IMBALANCE = 50  # times as many pixels, from which on it is said
 _DRAWN_SIDE = 640  # pixels; a larger image is reduced before it is painted
@@ -169,14 +166,15 @@ def open_pair(paths: tuple[str, str]) -> MaskPair:
     nothing = np.zeros(0, np.int64)
     try:
         with Image.open(paths[1]) as file:
-            values, mode = read_values(file)
+            values = read_mask_values(file)
+            if values is None:
+                file.load()  # a broken picture of colours is broken first of all
+                return MaskPair(image, OpenedMask("", file.mode, 0, 0, nothing, nothing))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and others
         name = Path(paths[1]).name
         return MaskPair(
             image, OpenedMask(f"{type(error).__name__}: {error}".replace(paths[1], name), "", 0, 0, nothing, nothing)
         )
-    if mode:
-        return MaskPair(image, OpenedMask("", mode, 0, 0, nothing, nothing))
     height, width = values.shape
     if values.dtype == np.uint8:
         histogram = np.bincount(values.ravel(), minlength=256)
@@ -186,24 +184,11 @@ def open_pair(paths: tuple[str, str]) -> MaskPair:
     return MaskPair(image, OpenedMask("", "", width, height, present, counts))
 
 
-def read_values(file: ImageFile.ImageFile) -> tuple[NDArray[Any], str]:
-    """A mask's values (H, W) as MaskFolder reads them, and ""; or nothing and the mode of a picture of colours."""
-    mode = file.mode
-    if mode not in _INDEX_MODES and not mode.startswith("I"):
-        file.load()
-        return np.zeros((0, 0), np.uint8), mode
-    form = file.tile[0][3] if file.tile else None  # known until the pixels are read
-    values = np.array(file)
-    if mode == "L" and form in _SPREAD:
-        values //= _SPREAD[form]
-    return values, ""
-
-
 def _open_split(name: str, image_folder: Path, mask_folder: Path) -> _Split:
     for kind, folder in (("image", image_folder), ("mask", mask_folder)):
         if not folder.is_dir():
             raise FileNotFoundError(f"the {kind} folder {folder} does not exist; {describe_near(folder, '')}")
-    images, masks = _files_by_stem(image_folder, IMAGE_SUFFIXES), _files_by_stem(mask_folder, MASK_SUFFIXES)
+    images, masks = files_by_stem(image_folder, IMAGE_SUFFIXES), files_by_stem(mask_folder, MASK_SUFFIXES)
     stems = sorted(images.keys() & masks.keys())
     findings = SplitFindings(name, len(stems))
     for folder, files in ((image_folder, images), (mask_folder, masks)):
@@ -403,11 +388,13 @@ class _MaskDrawing:
         """The picture, or None where a file cannot be read or the two do not fit."""
         try:
             with Image.open(self.mask) as file:
-                values, mode = read_values(file)
+                values = read_mask_values(file)
+            if values is None:
+                return None
             image = read_rgb(self.image, values.shape[1], values.shape[0])
         except (OSError, SyntaxError, ValueError):
             return None
-        if mode or image.shape[:2] != values.shape:
+        if image.shape[:2] != values.shape:
             return None
         factor = min(readable_scale(*image.shape[:2]), _DRAWN_SIDE / max(image.shape[:2]))
         size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
@@ -444,16 +431,3 @@ def _drawings(split: _Split, classes: _Classes, number: int) -> list[_MaskDrawin
         image, mask = split.image_folder / split.images[place], split.mask_folder / split.masks[place]
         drawings.append(_MaskDrawing(title, image, mask, classes))
     return drawings
-
-
-def _files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, list[str]]:
-    """Relative path without suffix -> relative paths, of the files below `folder` that end in one of `suffixes`."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(parent).relative_to(folder)
-        for name in sorted(files):
-            if name.lower().endswith(tuple(suffixes)) and not name.startswith("."):
-                path = (inside / name).as_posix()
-                found[posixpath.splitext(path)[0]].append(path)
-    return dict(found)
