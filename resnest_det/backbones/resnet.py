@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpoint_call
 from torchvision.ops import StochasticDepth
 
-from resnest_det.layers import NormLayer
+from resnest_det.layers import NormLayer, SplitAttentionConv2d
+from resnest_det.layers.fused import (
+    average_pool,
+    conv_norm_relu,
+    has_hooks,
+    may_fuse,
+    norm_add_relu,
+    norm_relu_conv,
+    trains_fused,
+)
 
 Gate = Callable[[int], nn.Module]  # channels -> a module that scales (N, channels, H, W)
 OutputStride = Literal[8, 16, 32]
@@ -83,9 +92,11 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, planes, H / stride, W / stride)."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return _add_shortcut(self, x, out)
+        if trains_fused(x, (self.conv1, self.conv2), (self.bn1, self.bn2), self.relu):
+            out = norm_relu_conv(self.conv1(x), self.bn1, self.conv2)
+            return _add_shortcut(self, x, out, self.bn2)
+        out = conv_norm_relu(x, self.conv1, self.bn1, self.relu)
+        return _add_shortcut(self, x, conv_norm_relu(out, self.conv2, self.bn2, None))
 
 
 class Bottleneck(nn.Module):
@@ -155,16 +166,43 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
-        out = self.relu(self.bn1(self.conv1(x)))
+        if self._trains_fused(x):
+            return self._forward_fused(x)
+        out = conv_norm_relu(x, self.conv1, self.bn1, self.relu)
         if self.avd_before is not None:
             out = self.avd_before(out)
-        out = self.conv2(out)
-        if self.bn2 is not None:
-            out = self.relu(self.bn2(out))
+        out = self.conv2(out) if self.bn2 is None else conv_norm_relu(out, self.conv2, self.bn2, self.relu)
         if self.avd_after is not None:
             out = self.avd_after(out)
-        out = self.bn3(self.conv3(out))
-        return _add_shortcut(self, x, out)
+        return _add_shortcut(self, x, conv_norm_relu(out, self.conv3, self.bn3, None))
+
+    def _trains_fused(self, x: Tensor) -> bool:
+        own = trains_fused(x, (self.conv1, self.conv3), (self.bn1, self.bn3), self.relu)
+        if not own:
+            return False
+        if self.bn2 is not None:
+            return trains_fused(x, (self.conv2,), (self.bn2,))
+        return type(self.conv2) is SplitAttentionConv2d and not has_hooks(self.conv2) and self.conv2.trains_fused(x)
+
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        """The same, with less kept for the backward pass; where `_trains_fused`."""
+        attention = self.conv2 if isinstance(self.conv2, SplitAttentionConv2d) else None
+        spatial = self.conv2 if attention is None else attention.conv
+        out = self.conv1(x)
+        if self.avd_before is None:
+            out = norm_relu_conv(out, self.bn1, spatial)
+        else:
+            out = spatial(average_pool(self.relu(self.bn1(out)), self.avd_before))
+        if attention is not None:
+            out = attention.attend(out)
+        else:
+            assert self.bn2 is not None
+            if self.avd_after is None:
+                return _add_shortcut(self, x, norm_relu_conv(out, self.bn2, self.conv3), self.bn3)
+            out = self.relu(self.bn2(out))
+        if self.avd_after is not None:
+            out = average_pool(out, self.avd_after)
+        return _add_shortcut(self, x, self.conv3(out), self.bn3)
 
 
 Block = BasicBlock | Bottleneck
@@ -191,18 +229,44 @@ def _slot_module(slot: str, build: Callable[..., nn.Module], channels: int, **ar
     return module
 
 
-def _add_shortcut(block: Block, x: Tensor, out: Tensor) -> Tensor:
-    """The end of every block: gate, stochastic depth, addition, ReLU."""
+def _add_shortcut(block: Block, x: Tensor, out: Tensor, norm: nn.Module | None = None) -> Tensor:
+    """The end of every block: gate, stochastic depth, addition, ReLU; before them the norm, where it was left to do."""
+    shortcut = x if block.downsample is None else _downsampled(block.downsample, x)
+    if norm is not None:
+        if block.gate is None and block.drop_path is None and shortcut.shape == out.shape:
+            return norm_add_relu(out, norm, shortcut)
+        out = norm(out)
     if block.gate is not None:
         out = block.gate(out)
     if block.drop_path is not None:
         out = block.drop_path(out)
-    shortcut = x if block.downsample is None else block.downsample(x)
     if block.gate is None:
         out += shortcut
     else:  # a user's gate may need its output again for its gradient
         out = out + shortcut
     return block.relu(out)
+
+
+def _downsampled(shortcut: nn.Module, x: Tensor) -> Tensor:
+    """The shortcut of the block's input, its norm in its convolution where no gradient is wanted."""
+    if type(shortcut) is not nn.Sequential or len(shortcut) < 2 or not may_fuse(x, shortcut):
+        return shortcut(x)
+    *pools, conv, norm = shortcut
+    for pool in pools:
+        x = pool(x)
+    return conv_norm_relu(x, conv, norm, None)
+
+
+class DeepStem(nn.Sequential):
+    """Three convolutions, with norm and ReLU behind the first and the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, channels, H / 2, W / 2)."""
+        conv1, norm1, relu1, conv2, norm2, relu2, conv3 = self
+        if trains_fused(x, (conv1, conv2, conv3), (norm1, norm2), relu1, relu2):
+            return norm_relu_conv(norm_relu_conv(conv1(x), norm1, conv2), norm2, conv3)
+        x = conv_norm_relu(x, conv1, norm1, relu1)
+        return conv3(conv_norm_relu(x, conv2, norm2, relu2))
 
 
 class Stage(nn.Sequential):
@@ -341,7 +405,7 @@ class ResNet(nn.Module):
             self.conv1: nn.Module = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         else:
             self.inplanes = 2 * stem_width
-            self.conv1 = nn.Sequential(
+            self.conv1 = DeepStem(
                 conv3x3(3, stem_width, stride=2),
                 norm_layer(stem_width),
                 nn.ReLU(inplace=True),

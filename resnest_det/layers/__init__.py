@@ -2,6 +2,7 @@
 
 from resnest_det.layers.cbam import CBAM, ChannelAttention, SpatialAttention
 from resnest_det.layers.eca import EfficientChannelAttention
+from resnest_det.layers.fused import plain_layers
 from resnest_det.layers.norm import (
     NormLayer,
     NormName,
@@ -31,5 +32,6 @@ __all__ = [
     "group_norm",
     "norm_layer",
     "norm_warnings",
+    "plain_layers",
     "pooled_group_norm",
 ]

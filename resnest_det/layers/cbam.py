@@ -14,7 +14,7 @@ What differs:
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from resnest_det.layers.norm import NormLayer
 
@@ -92,10 +92,15 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale the positions of x, (N, C, H, W)."""
-        if x.dim() != 4:
-            raise ValueError(f"x of shape {tuple(x.shape)} must be (N, C, H, W)")
+        _check_maps(x)
         planes = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)  # (N, 2, H, W)
         return x * self.bn(self.conv(planes)).sigmoid()
+
+
+@fx.wrap  # a trace keeps the check as one step
+def _check_maps(x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x of shape {tuple(x.shape)} must be (N, C, H, W)")
 
 
 class CBAM(nn.Module):

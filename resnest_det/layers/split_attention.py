@@ -7,18 +7,25 @@ released names, so released weights load by name.
 What differs from the reference:
 - the splits are pooled before they are summed: the pool of a sum is the sum of the pools, and no full-size
   sum has to be written;
-- with two splits, softmax(a, b) is (s, 1 - s) with s = sigmoid(a - b), and the weighted sum is one
-  interpolation;
+- with two splits, whose shares sum to one, the weighted sum is one interpolation;
 - a width of the attention that `groups` does not divide is rounded up to a multiple of `groups`, where the
-  reference fails. No published network needs it.
+  reference fails. No published network needs it;
+- in training, where `fused.trains_fused` says so, the backward pass is written by hand: of the full-size maps it keeps
+  bn0's input alone, where autograd keeps bn0's input and output, and a sum or product for each split.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from resnest_det.layers.fused import conv_norm_relu, norm_relu_backward, normalise, normalise_again, trains_fused
 from resnest_det.layers.norm import NormLayer, check_pooled_batch, uses_batch_statistics
-from resnest_det.layers.selection import select_softly
+from resnest_det.layers.selection import select_softly, selection_shares, weighted_sum
 
 
 class SplitAttentionConv2d(nn.Module):
@@ -95,13 +102,25 @@ class SplitAttentionConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and attend: (N, in_channels, H, W) to (N, channels, H', W')."""
-        x = self.relu(self.bn0(self.conv(x)))  # (N, radix * channels, H', W')
-        splits = x.chunk(self.radix, dim=1)
-        pooled = x.mean((2, 3), keepdim=True)  # (N, radix * channels, 1, 1)
-        logits = self.attention_logits(pooled)  # (N, radix, channels)
-        if self.radix == 1:
-            return splits[0] * logits.sigmoid().flatten(1)[:, :, None, None]
-        return select_softly(splits, logits)
+        if self.trains_fused(x):
+            return self.attend(self.conv(x))
+        maps = conv_norm_relu(x, self.conv, self.bn0, self.relu)  # (N, radix * channels, H', W')
+        logits = self.attention_logits(maps.mean((2, 3), keepdim=True))
+        return select_softly(self.splits(maps), logits)
+
+    def trains_fused(self, x: Tensor) -> bool:
+        """Whether gradients are wanted whose backward pass is written here."""
+        return trains_fused(x, (self.conv,), (self.bn0,), self.relu)
+
+    def splits(self, maps: Tensor) -> list[Tensor]:
+        """The splits of (N, radix * channels, H, W), as views."""
+        chunks = maps.chunk(self.radix, dim=1)
+        return [chunks[index] for index in range(self.radix)]
+
+    def attend(self, x: Tensor) -> Tensor:
+        """What follows the convolution, from its output (N, radix * channels, H', W'); where `trains_fused`."""
+        parameters = [*self.fc1.parameters(), *self.bn1.parameters(), *self.fc2.parameters()]
+        return _Attend.apply(x, self.bn0.weight, self.bn0.bias, self, *parameters)
 
     def needs_several_images(self) -> bool:
         """Whether bn1 takes its statistics from the images of this process's batch, so that one is too few."""
@@ -114,3 +133,65 @@ class SplitAttentionConv2d(nn.Module):
         logits = self.fc2(self.relu(self.bn1(self.fc1(total))))
         # fc2's groups are the outer axis of its output: (groups, radix, channels / groups) to radix-major.
         return logits.flatten(1).unflatten(1, (self.groups, self.radix, -1)).transpose(1, 2).flatten(2)
+
+
+class _Attend(Function):
+    """bn0 -> ReLU -> pool -> attention -> weighted sum of the splits, of which bn0's input is kept.
+
+    The attention itself is small: autograd records it within the forward pass, and goes back through it within the
+    backward pass, so that it may be of any norm.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        layer: SplitAttentionConv2d,
+        *parameters: Tensor,
+    ) -> Tensor:
+        maps, mean, inverse_std, ctx.of_batch = normalise(x, layer.bn0)
+        pooled = maps.relu_().mean((2, 3), keepdim=True)
+        # Kept as they are: activation checkpointing would compute the block again for this small graph alone.
+        as_they_are = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
+        with torch.enable_grad(), as_they_are:
+            logits = layer.attention_logits(pooled.requires_grad_())
+            shares = selection_shares(logits, layer.radix)  # (N, radix, channels)
+        ctx.attention = pooled, shares
+        ctx.save_for_backward(x, weight, bias, mean, inverse_std, *parameters)
+        return weighted_sum(layer.splits(maps), shares.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, inverse_std, *parameters = ctx.saved_tensors
+        pooled, shares = ctx.attention
+        maps = normalise_again(x, weight, bias, mean, inverse_std)
+        splits = maps.chunk(shares.shape[1], dim=1)
+        buffer = torch.empty_like(grad)
+        grad_shares = torch.stack([torch.mul(grad, split, out=buffer).sum((2, 3)) for split in splits], dim=1)
+        wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        grad_pooled, *found = torch.autograd.grad(
+            shares, [pooled, *wanted], grad_shares.to(shares.dtype), retain_graph=True, allow_unused=True
+        )
+        of_wanted = iter(found)
+        grad_parameters = [next(of_wanted) if parameter.requires_grad else None for parameter in parameters]
+
+        # A split's gradient is the output's by its share, and what its average over the image is given.
+        grad_mean = (grad_pooled / maps.shape[2:].numel()).chunk(len(splits), dim=1)
+        grad_maps = torch.empty_like(maps)
+        for index, target in enumerate(grad_maps.chunk(len(splits), dim=1)):
+            share = shares.detach()[:, index, :, None, None].to(grad.dtype)
+            torch.addcmul(grad_mean[index], grad, share, out=target)
+        grads = norm_relu_backward(
+            grad_maps,
+            maps,
+            x,
+            weight,
+            mean,
+            inverse_std,
+            of_batch=ctx.of_batch,
+            wanted=ctx.needs_input_grad[:3],
+        )
+        return *grads, None, *grad_parameters

@@ -1,0 +1,191 @@
+"""A model as it runs fastest in torch: norms folded, channels last, convolutions with their ReLU.
+
+On the CPU, a convolution's weights are laid out once as oneDNN's kernels read them, where torch does it in every call,
+and the ReLU behind it is computed in the same pass, as torch.compile has it. The wide linear layers of a detector's
+heads go to oneDNN as well, whose matrix product is the faster one on processors that are not Intel's.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torchvision.ops import MultiScaleRoIAlign
+
+from resnest_det.deploy.folding import fold_batch_norms
+from resnest_det.deploy.roi_align import RowRoIAlign
+from resnest_det.deploy.tracing import only_child, own_graph, shared_modules
+from resnest_det.layers.fused import has_fused_convolution, is_plain_conv
+
+_MANY_ROWS = 16  # from which oneDNN's linear layer was the faster one
+
+
+def optimize_for_inference(model: nn.Module, *, compile: bool = False) -> nn.Module:
+    """A copy of a model for inference alone: faster, with outputs that are equal up to rounding.
+
+    BatchNorm is folded (see `fold_batch_norms`), and channels are last in memory: give it images in that layout,
+    `images.contiguous(memory_format=torch.channels_last)`. On the CPU in float32, convolutions are packed for oneDNN
+    at their first call. Such a copy is for running: it is not trained, exported, saved or moved to another device.
+
+    Args:
+        model: a classifier, stage extractor, detector or segmentation model. It is not changed.
+        compile: leave the packing to torch.compile, which takes minutes at the first call, and again for other sizes,
+            and is faster still. Of a detector it compiles the backbone: what follows depends on what is found.
+
+    Returns:
+        The copy, in evaluation mode, whose outputs have no gradients.
+    """
+    fast = fold_batch_norms(model).requires_grad_(False).to(memory_format=torch.channels_last)
+    if compile:
+        return _compiled(fast)
+    on_cpu = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in fast.parameters())
+    if on_cpu and has_fused_convolution():
+        shared = shared_modules(fast)
+        joined: set[nn.Module] = set()
+        for name, parent in list(fast.named_modules()):
+            if any(isinstance(child, nn.Conv2d) for child in parent.children()) or isinstance(parent, nn.Sequential):
+                rewritten = _with_joined_relus(parent, shared, joined)
+                if rewritten is not parent:
+                    fast.set_submodule(name, rewritten)
+        _pack(fast, joined, {})
+    return fast
+
+
+class PackedConv2d(nn.Module):
+    """A convolution, and a ReLU where `relu` is True, its weights as oneDNN reads them. For inference.
+
+    Args:
+        conv: the convolution, float32 on the CPU.
+        relu: whether a ReLU follows.
+
+    Shape:
+        As of the convolution; the output has channels last.
+    """
+
+    def __init__(self, conv: nn.Conv2d, *, relu: bool) -> None:
+        super().__init__()
+        self.conv: nn.Conv2d | None = conv
+        self.bias = conv.bias
+        self.relu = relu
+        self.arguments = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self.packed: Tensor | None = None
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Convolve (N, in_channels, H, W), and add a shortcut of the output's shape before the ReLU."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.packed is None:
+            assert self.conv is not None
+            if x.shape[2:].numel() == 1:  # of pooled features, where packing costs more than it saves
+                out = self.conv(x)
+                out = out if shortcut is None else out.add_(shortcut)
+                return out.relu_() if self.relu else out
+            padding, stride, dilation, groups = self.arguments
+            weight = self.conv.weight.contiguous(memory_format=torch.channels_last).to_mkldnn()
+            self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                weight, padding, stride, dilation, groups, list(x.shape)
+            )
+            self.conv = None
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        arguments = (self.packed, self.bias, *self.arguments)
+        if shortcut is None:
+            return convolve(x, *arguments, "relu" if self.relu else "none", [], "")
+        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+        return convolve.binary(x, shortcut, *arguments, "add", 1.0, "relu" if self.relu else None, [], "")
+
+
+class OneDNNLinear(nn.Module):
+    """A linear layer that oneDNN computes where there are many rows. For inference."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_features) to (N, out_features)."""
+        if x.ndim != 2 or len(x) < _MANY_ROWS:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """The model, or a detector's backbone, compiled with its weights as constants."""
+    backbone = getattr(model, "backbone", None)
+    is_detector = isinstance(backbone, nn.Module) and hasattr(model, "transform")
+    target = cast(nn.Module, backbone) if is_detector else model
+    target.forward = torch.no_grad()(torch.compile(target.forward, options={"freezing": True}))
+    return model
+
+
+def _with_joined_relus(parent: nn.Module, shared: set[nn.Module], joined: set[nn.Module]) -> nn.Module:
+    """The module without the ReLUs behind convolutions, which are put into `joined`, nor the additions in between.
+
+    It is the same object, or another that runs its graph; where nothing can be joined it is as it was.
+    """
+    graph = own_graph(parent)
+    if graph is None:
+        return parent
+    for node in list(graph.nodes):
+        if node.op == "call_module" and type(parent.get_submodule(node.target)) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+    def convolution(node: Any) -> nn.Module | None:
+        conv = only_child(parent, node, (nn.Conv2d,))
+        return conv if conv is not None and conv not in shared and is_plain_conv(conv) else None
+
+    relus: list[tuple[fx.Node, nn.Module]] = []
+    additions: list[tuple[fx.Node, nn.Module, fx.Node]] = []
+    for node in graph.nodes:
+        if node.op != "call_module" or type(parent.get_submodule(node.target)) is not nn.ReLU:
+            continue
+        before = node.args[0]
+        conv = convolution(before)
+        if conv is not None:
+            relus.append((node, conv))
+        elif before.op == "call_function" and before.target is operator.add and len(before.users) == 1:
+            for term in before.args:
+                conv = convolution(term)
+                if conv is not None and conv is parent.get_submodule(term.target):
+                    additions.append((node, conv, term))
+                    break
+    joined.update(conv for _, conv in relus)
+    targets = [node.target for node in graph.nodes if node.op == "call_module"]
+    alone = [
+        targets.count(node.target) == 1 and parent.get_submodule(str(node.target)) not in shared for node, _ in relus
+    ]
+    if not additions and all(alone):
+        for node, _ in relus:
+            parent.set_submodule(str(node.target), nn.Identity())
+        return parent
+    for node, _ in relus:
+        node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+        graph.erase_node(node)
+    for node, conv, term in additions:
+        addition = cast(fx.Node, node.args[0])
+        (other,) = (argument for argument in addition.args if argument is not term)
+        with graph.inserting_before(addition):
+            joint = graph.call_module(str(term.target), (*term.args, other))
+        joined.add(conv)
+        node.replace_all_uses_with(joint)
+        for gone in (node, addition, term):
+            graph.erase_node(gone)
+    return fx.GraphModule(parent, graph)
+
+
+def _pack(model: nn.Module, joined: set[nn.Module], packed: dict[nn.Module, nn.Module]) -> None:
+    """Replace the convolutions and linear layers; one that stands at several places by one."""
+    for name, child in list(model.named_children()):
+        if child not in packed:
+            if is_plain_conv(child):
+                packed[child] = PackedConv2d(cast(nn.Conv2d, child), relu=child in joined)
+            elif type(child) is nn.Linear:
+                packed[child] = OneDNNLinear(child)
+            elif type(child) is MultiScaleRoIAlign and cast(int, child.sampling_ratio) > 0:
+                packed[child] = RowRoIAlign(child)
+            else:
+                _pack(child, joined, packed)
+                continue
+        setattr(model, name, packed[child])

@@ -1,0 +1,392 @@
+"""Convolution, norm, ReLU and addition in fewer passes over memory, with less kept for the backward pass.
+
+Each function here stands for a few modules in a row. Calling them one after the other is its definition and its oracle;
+up to rounding, it computes the same in another way:
+
+- In training, what stands behind norm and ReLU keeps the norm's input alone: the ReLU's output, which its gradient
+  needs, is computed from it again. After Rota Bulo et al., "In-Place Activated BatchNorm for Memory-Optimized Training
+  of DNNs", arXiv 1712.02616; there the norm keeps its output and inverts it.
+- In inference, a BatchNorm goes into the weights of the convolution before it: anew in every call, so that the weights
+  may change at any time, and where they are fewer than the values that the norm would pass over.
+
+The other way is taken on the CPU, where it was measured, and for modules of torch's own whose computation is known.
+On other devices, under torch.compile, torch.export and other tracing, while something watches the operators (a count of
+FLOPs) and within `plain_layers`, the modules are called; also where one of them has hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
+from torchvision.ops import FrozenBatchNorm2d
+
+from resnest_det.layers.sync_batch_norm import SyncBatchNorm
+
+_aten = torch.ops.aten
+_plain: ContextVar[bool] = ContextVar("plain_layers", default=False)
+
+
+@contextmanager
+def plain_layers() -> Iterator[None]:
+    """Within it, layers and blocks call their modules one after the other and leave the gradients to autograd.
+
+    It is for second derivatives, which the layers' own backward passes do not have, and for comparisons.
+    """
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def conv_norm_relu(x: Tensor, conv: nn.Module, norm: nn.Module, relu: nn.Module | None) -> Tensor:
+    """`relu(norm(conv(x)))`, or `norm(conv(x))` where `relu` is None: in one pass where no gradient is wanted."""
+    if may_fuse(x, conv, norm, relu) and _folds(x, conv, norm):
+        return _folded_convolution(x, cast(nn.Conv2d, conv), norm, relu is not None)
+    out = norm(conv(x))
+    return out if relu is None else relu(out)
+
+
+def trains_fused(x: Tensor, convs: tuple[nn.Module, ...], norms: tuple[nn.Module, ...], *others: nn.Module) -> bool:
+    """Whether `norm_relu_conv`, `norm_add_relu` and `average_pool` take these modules, and gradients are wanted.
+
+    Args:
+        x: what goes into the first of them.
+        convs: the convolutions.
+        norms: the norms.
+        others: the other modules that will not be called.
+    """
+    return (
+        torch.is_grad_enabled()
+        and may_fuse(x, *convs, *norms, *others)
+        and all(is_plain_conv(conv) and conv.bias is None for conv in convs)
+        and all(type(norm) in (nn.BatchNorm2d, FrozenBatchNorm2d) and _has_wide_tensors(norm) for norm in norms)
+    )
+
+
+def norm_relu_conv(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
+    """`conv(relu(norm(x)))`, of which `x` is kept for the backward pass; where `trains_fused`."""
+    return _NormReluConv.apply(x, norm.weight, norm.bias, conv.weight, norm, conv)
+
+
+def norm_add_relu(x: Tensor, norm: nn.Module, shortcut: Tensor) -> Tensor:
+    """`relu(norm(x) + shortcut)`, of which `x` and the output are kept for the backward pass; where `trains_fused`.
+
+    Args:
+        x: (N, channels, H, W).
+        norm: the norm.
+        shortcut: of the shape of `x`.
+    """
+    return _NormAddRelu.apply(x, norm.weight, norm.bias, shortcut, norm)
+
+
+def average_pool(x: Tensor, pool: nn.Module) -> Tensor:
+    """`pool(x)`; of an AvgPool2d nothing is kept for the backward pass, where torch keeps `x`; where `trains_fused`."""
+    return _AveragePool.apply(x, pool) if type(pool) is nn.AvgPool2d else pool(x)
+
+
+class NormedMaps(NamedTuple):
+    """What a norm makes of its input, and what a backward pass needs to make it again.
+
+    The statistics are those that normalised: of the batch, or the running ones.
+    """
+
+    maps: Tensor
+    mean: Tensor
+    inverse_std: Tensor
+    of_batch: bool
+
+
+def normalise(x: Tensor, norm: nn.Module) -> NormedMaps:
+    """Run a BatchNorm2d, which counts the batch into its running statistics in training, or a FrozenBatchNorm2d.
+
+    Raises:
+        ValueError: the statistics of a batch would be of one value a channel.
+    """
+    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    of_batch, momentum = False, 0.0
+    if isinstance(norm, nn.BatchNorm2d):
+        of_batch = norm.training or mean is None
+        if of_batch and x.numel() == x.shape[1]:
+            raise ValueError(
+                f"the input of a BatchNorm2d has the shape {tuple(x.shape)}, one value a channel, of which there are "
+                f"no statistics: train on more or larger images, or with norm='frozen_bn' or 'gn'"
+            )
+        momentum = 0.0 if norm.momentum is None else norm.momentum
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:  # a cumulative average
+                momentum = 1.0 / float(norm.num_batches_tracked)
+    eps = cast(float, norm.eps)
+    maps, batch_mean, inverse_std = torch.native_batch_norm(
+        x, cast(Tensor, norm.weight), cast(Tensor, norm.bias), mean, var, of_batch, momentum, eps
+    )
+    if of_batch:
+        return NormedMaps(maps, batch_mean, inverse_std, True)
+    return NormedMaps(maps, mean.clone(), (var + eps).rsqrt(), False)
+
+
+def normalise_again(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor) -> Tensor:
+    """`relu(norm(x))` from the statistics that `normalise` returned, which no running statistics enter again."""
+    variance = inverse_std.square().reciprocal_()
+    return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, 0.0)[0].relu_()
+
+
+def norm_relu_backward(
+    grad: Tensor,
+    maps: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    *,
+    of_batch: bool,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias behind `relu(norm(x))`.
+
+    Args:
+        grad: the gradient of the ReLU's output, (N, channels, H, W); it is overwritten.
+        maps: the ReLU's output.
+        x: the norm's input.
+        weight: the norm's.
+        mean: the statistics that normalised.
+        inverse_std: the statistics that normalised.
+        of_batch: whether they are the batch's, and so depend on x.
+        wanted: which of the three are.
+    """
+    grad = _aten.threshold_backward.grad_input(grad, maps, 0, grad_input=grad)
+    return norm_backward(grad, x, weight, mean, inverse_std, of_batch=of_batch, wanted=wanted)
+
+
+def norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    *,
+    of_batch: bool,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias behind `norm(x)`; see `norm_relu_backward`."""
+    if not any(wanted):
+        return None, None, None
+    variance = inverse_std.square().reciprocal_()
+    return _aten.native_batch_norm_backward(
+        grad, x, weight, mean, variance, mean, inverse_std, of_batch, 0.0, list(wanted)
+    )
+
+
+class _NormReluConv(Function):
+    """`conv(relu(norm(x)))`; its gradients are those of the three, with the ReLU's output computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        kernel: Tensor,
+        norm: nn.Module,
+        conv: nn.Conv2d,
+    ) -> Tensor:
+        maps, mean, inverse_std, ctx.of_batch = normalise(x, norm)
+        maps.relu_()
+        device = x.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else maps.dtype
+        ctx.arguments = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        ctx.save_for_backward(x, weight, bias, kernel, mean, inverse_std)
+        with torch.autocast(device, enabled=False):
+            return F.conv2d(maps.to(ctx.dtype), kernel.to(ctx.dtype), None, *ctx.arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, kernel, mean, inverse_std = ctx.saved_tensors
+        maps = normalise_again(x, weight, bias, mean, inverse_std)
+        stride, padding, dilation, groups = ctx.arguments
+        below, for_kernel = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3]
+        grad_maps, grad_kernel, _ = _aten.convolution_backward(
+            grad,
+            maps.to(ctx.dtype),
+            kernel.to(ctx.dtype),
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [below, for_kernel, False],
+        )
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        if below:
+            grads = norm_relu_backward(
+                grad_maps.to(maps.dtype),
+                maps,
+                x,
+                weight,
+                mean,
+                inverse_std,
+                of_batch=ctx.of_batch,
+                wanted=ctx.needs_input_grad[:3],
+            )
+        return *grads, grad_kernel.to(kernel.dtype) if for_kernel else None, None, None
+
+
+class _NormAddRelu(Function):
+    """`relu(norm(x) + shortcut)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,  # noqa: ARG004 for its gradient
+        shortcut: Tensor,
+        norm: nn.Module,
+    ) -> Tensor:
+        maps, mean, inverse_std, ctx.of_batch = normalise(x, norm)
+        maps.add_(shortcut).relu_()
+        ctx.shortcut_dtype = shortcut.dtype
+        ctx.save_for_backward(x, weight, mean, inverse_std, maps)
+        return maps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_std, maps = ctx.saved_tensors
+        grad = _aten.threshold_backward(grad, maps, 0)
+        wanted = ctx.needs_input_grad[:3]
+        grads = norm_backward(grad, x, weight, mean, inverse_std, of_batch=ctx.of_batch, wanted=wanted)
+        return *grads, grad.to(ctx.shortcut_dtype) if ctx.needs_input_grad[3] else None, None
+
+
+class _AveragePool(Function):
+    """An AvgPool2d, whose gradient is no function of its input but for the shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pool: nn.AvgPool2d) -> Tensor:
+        def pair(value: Any) -> Any:
+            return (value, value) if isinstance(value, int) else value
+
+        ctx.arguments = (
+            pair(pool.kernel_size),
+            pair(pool.stride),
+            pair(pool.padding),
+            pool.ceil_mode,
+            pool.count_include_pad,
+            pool.divisor_override,
+        )
+        is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        ctx.layout = torch.channels_last if is_last else torch.contiguous_format
+        ctx.shape = x.shape
+        return F.avg_pool2d(x, *ctx.arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        like_input = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout)
+        return _aten.avg_pool2d_backward(grad, like_input, *ctx.arguments), None
+
+
+def may_fuse(x: Tensor, *modules: nn.Module | None) -> bool:
+    """Whether modules need not be called: `x` is an ordinary tensor on the CPU, and nothing traces or watches."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not _plain.get()
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not nn_module._has_any_global_hook()
+        and not any(map(has_hooks, modules))
+    )
+
+
+def has_hooks(module: nn.Module | None) -> bool:
+    """Whether somebody wants the module to be called: it has hooks, or its forward pass was replaced in place."""
+    return module is not None and bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain_conv(module: nn.Module) -> bool:
+    """Whether it is torch's own Conv2d, not parametrized, padded with zeros by a number."""
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _has_wide_tensors(norm: nn.Module) -> bool:
+    """Whether the norm's own tensors hold statistics well enough to compute from them again."""
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return all(tensor is None or tensor.dtype in (torch.float32, torch.float64) for tensor in tensors)
+
+
+def _folds(x: Tensor, conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether no gradient is wanted, and the norm is a constant that is cheaper to put into the weights."""
+    if not is_plain_conv(conv) or type(norm) not in (nn.BatchNorm2d, SyncBatchNorm, FrozenBatchNorm2d):
+        return False
+    if (norm.training and isinstance(norm, nn.BatchNorm2d)) or norm.running_mean is None:
+        return False
+    tensors = [*conv.parameters(), *norm.parameters(), *norm.buffers(), x]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if torch.is_autocast_enabled("cpu") or any(tensor.dtype != torch.float32 for tensor in (*conv.parameters(), x)):
+        return False
+    weight, stride = cast(Tensor, conv.weight), cast(tuple[int, int], conv.stride)
+    pixels = x.shape[0] * x.shape[2:].numel() // (stride[0] * stride[1])
+    return x.ndim == 4 and x.shape[1] == conv.in_channels and weight[0].numel() <= pixels
+
+
+def _folded_convolution(x: Tensor, conv: nn.Conv2d, norm: nn.Module, relu: bool) -> Tensor:
+    """A convolution with a constant norm in its weights, and a ReLU behind it."""
+    scale = (cast(Tensor, norm.running_var) + cast(float, norm.eps)).rsqrt()
+    if norm.weight is not None:
+        scale *= cast(Tensor, norm.weight)
+    mean = cast(Tensor, norm.running_mean)
+    shift = (mean if conv.bias is None else mean - conv.bias) * -scale
+    if norm.bias is not None:
+        shift += cast(Tensor, norm.bias)
+    weight = conv.weight * scale[:, None, None, None]
+    if not has_fused_convolution():
+        out = F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return out.relu_() if relu else out
+    return onednn_convolution(x, weight, shift, conv, relu)
+
+
+def onednn_convolution(x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv2d, relu: bool) -> Tensor:
+    """oneDNN's convolution with a ReLU in the same pass, by the operator that torch.compile uses on the CPU."""
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, "relu" if relu else "none", [], ""
+    )
+
+
+@cache
+def has_fused_convolution() -> bool:
+    """Whether this torch has that operator: it is not public, so a small convolution is computed in both ways."""
+    conv = nn.Conv2d(2, 3, 3)
+    x = torch.linspace(-1, 1, 50).reshape(1, 2, 5, 5)
+    weight = torch.linspace(-1, 1, 54).reshape(3, 2, 3, 3)
+    bias = torch.zeros(3)
+    try:
+        out = onednn_convolution(x, weight, bias, conv, True)
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+        return False
+    return torch.allclose(out, F.conv2d(x, weight, bias).relu(), atol=1e-5)

@@ -1,0 +1,150 @@
+"""Models optimised for inference: their outputs are the model's, and what makes them fast is there."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+from resnest_det import create_backbone
+from resnest_det.deploy import inference as deploy_inference
+from resnest_det.deploy import optimize_for_inference
+from resnest_det.deploy.inference import OneDNNLinear, PackedConv2d
+from resnest_det.deploy.roi_align import RowRoIAlign, roi_align_by_rows
+from resnest_det.models import deeplabv3plus, faster_rcnn, fcos, mask_rcnn, retinanet
+from tests.random_norms import randomise_norms
+
+NETWORKS = ["resnest14", "resnest50_fast_4s2x40d", "resnest50_fast_1s1x64d", "sk_resnet50", "cbam_resnet18"]
+NETWORKS += ["se_resnet18", "eca_resnet18", "resnet18", "resnext50_32x4d"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name: str) -> None:
+    torch.manual_seed(0)
+    net = randomise_norms(create_backbone(name, num_classes=5)).eval()
+    before = copy.deepcopy(net.state_dict())
+    fast = optimize_for_inference(net)
+    x = torch.rand(2, 3, 96, 96)
+    for images in (x, x.contiguous(memory_format=torch.channels_last), torch.rand(1, 3, 64, 128)):
+        with torch.inference_mode():
+            expected = net(images)
+            torch.testing.assert_close(fast(images), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(net.state_dict(), before)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    packed = [module for module in fast.modules() if isinstance(module, PackedConv2d)]
+    assert len(packed) == sum(isinstance(module, nn.Conv2d) for module in net.modules())
+    assert any(module.relu for module in packed)
+    assert not fast(x).requires_grad
+
+
+def test_a_block_is_its_convolutions_with_what_follows_them() -> None:
+    fast = optimize_for_inference(create_backbone("resnet50", num_classes=2))
+    block = fast.layer1[1]
+    assert [node.op for node in block.graph.nodes] == ["placeholder", *["call_module"] * 3, "output"]
+    assert block.conv3.relu  # with the shortcut added before
+
+
+@pytest.mark.parametrize("build", [faster_rcnn, mask_rcnn, retinanet, fcos])
+def test_detectors(build: object) -> None:
+    torch.manual_seed(0)
+    arguments = {} if build in (retinanet, fcos) else {"rpn_proposals_eval": 50}
+    model = build(create_backbone("resnest14"), 5, min_size=96, max_size=160, score_threshold=0.0, **arguments)  # type: ignore[operator]
+    randomise_norms(model).eval()
+    if build in (retinanet, fcos):  # scores far enough apart to have one order
+        nn.init.normal_(model.head.classification_head.cls_logits.weight, std=0.3)
+    fast = optimize_for_inference(model)
+    images = [torch.rand(3, 96, 128), torch.rand(3, 80, 100)]
+    with torch.inference_mode():
+        expected, found = model(images), fast(images)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours["boxes"]) == len(theirs["boxes"]) > 0
+        # Each has its like; two of nearly equal scores may change places.
+        boxes = (ours["boxes"][:, None] - theirs["boxes"]).abs().amax(-1) < 1e-2
+        scores = (ours["scores"][:, None] - theirs["scores"]).abs() < 1e-4
+        alike = boxes & scores & (ours["labels"][:, None] == theirs["labels"])
+        assert alike.any(1).all()
+        if "masks" in ours:
+            torch.testing.assert_close(ours["masks"], theirs["masks"][alike.int().argmax(1)], rtol=1e-3, atol=1e-3)
+    if build is faster_rcnn:
+        assert isinstance(fast.roi_heads.box_roi_pool, RowRoIAlign)
+        assert isinstance(fast.roi_heads.box_head.fc6, OneDNNLinear)
+
+
+def test_deeplabv3plus() -> None:
+    torch.manual_seed(0)
+    model = randomise_norms(deeplabv3plus(create_backbone("resnest14", output_stride=16), 5)).eval()
+    x = torch.rand(2, 3, 64, 96)
+    with torch.inference_mode():
+        expected = model(x)["out"]
+        torch.testing.assert_close(optimize_for_inference(model)(x)["out"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy_inference, "has_fused_convolution", lambda: False)
+    net = randomise_norms(create_backbone("resnest14", num_classes=5)).eval()
+    fast, x = optimize_for_inference(net), torch.rand(1, 3, 64, 64)
+    assert not any(isinstance(module, PackedConv2d) for module in fast.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_sixteen_bits_are_left_to_torch() -> None:
+    net = create_backbone("resnest14", num_classes=5).bfloat16().eval()
+    fast, x = optimize_for_inference(net), torch.rand(1, 3, 64, 64).bfloat16()
+    assert fast(x).dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    torch.manual_seed(0)
+    net = randomise_norms(create_backbone("resnest14", num_classes=5)).eval()
+    fast, x = optimize_for_inference(net, compile=True), torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-5)
+    detector = randomise_norms(retinanet(create_backbone("resnest14"), 5, min_size=64, score_threshold=0.0)).eval()
+    fast = optimize_for_inference(detector, compile=True)
+    with torch.inference_mode():
+        for ours, theirs in zip(fast([x[0]]), detector([x[0]]), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+# RoIAlign.
+
+
+@pytest.mark.parametrize("sampling_ratio", [1, 2, 3])
+@pytest.mark.parametrize("output_size", [(7, 7), (3, 5)])
+@pytest.mark.parametrize("scale", [0.25, 1.0])
+def test_rows_give_what_torchvision_gives(sampling_ratio: int, output_size: tuple[int, int], scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 8, 12, 15, generator=generator, dtype=torch.float64)
+    # Inside, over each border, far outside, without extent, and turned inside out.
+    corners = torch.rand(200, 4, generator=generator, dtype=torch.float64) * 30 / scale - 8 / scale
+    corners[:10, 2:] = corners[:10, :2]
+    corners[10:12] = torch.tensor([[0, 0, 15, 12], [-1, -1, 16, 13]]) / scale
+    rois = torch.cat([torch.arange(200)[:, None] % 2, corners], 1)
+    expected = roi_align(features, rois, output_size, scale, sampling_ratio)
+    own = roi_align_by_rows(features, rois, scale, output_size, sampling_ratio)
+    torch.testing.assert_close(own.permute(0, 3, 1, 2), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("levels", [["0"], ["0", "1", "2"]])
+def test_levels_as_torchvision_chooses_them(levels: list[str]) -> None:
+    torch.manual_seed(0)
+    pooler = MultiScaleRoIAlign(levels, 7, 2)
+    features = {name: torch.randn(2, 8, 64 // 2**index, 64 // 2**index) for index, name in enumerate(levels)}
+    features["pool"] = torch.randn(2, 8, 4, 4)
+    corners = torch.rand(2, 60, 2) * 200
+    boxes = [torch.cat([low, low + size], 1) for low, size in zip(corners, torch.rand(2, 60, 1) * 250, strict=True)]
+    boxes[1] = boxes[1][:0]
+    sizes = [(256, 256), (256, 250)]
+    own = RowRoIAlign(pooler)(features, boxes, sizes)
+    torch.testing.assert_close(own, pooler(features, boxes, sizes), rtol=1e-5, atol=1e-4)
+
+
+def test_no_boxes() -> None:
+    pooler = RowRoIAlign(MultiScaleRoIAlign(["0"], 7, 2))
+    out = pooler({"0": torch.randn(1, 8, 16, 16)}, [torch.zeros(0, 4)], [(64, 64)])
+    assert out.shape == (0, 8, 7, 7)

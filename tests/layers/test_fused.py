@@ -1,0 +1,287 @@
+"""What is computed in fewer passes, against the modules called one after the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import FrozenBatchNorm2d
+
+from resnest_det import create_backbone
+from resnest_det.backbones.resnet import BasicBlock, Bottleneck
+from resnest_det.layers import SplitAttentionConv2d, SyncBatchNorm, plain_layers
+from resnest_det.layers import fused as fused_layers
+from resnest_det.layers.fused import average_pool, conv_norm_relu, norm_add_relu, norm_relu_conv, trains_fused
+from tests.benchmarks.activation_checkpointing import SavedBytes
+from tests.random_norms import randomise_norms
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+NORMS = [nn.BatchNorm2d, FrozenBatchNorm2d]
+
+
+def maps(*shape: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+
+
+def norm(kind: Callable[[int], nn.Module], channels: int, *, training: bool = True) -> nn.Module:
+    layer = kind(channels).double().train(training)
+    with torch.no_grad():
+        for name, low in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5), ("running_var", 0.5)):
+            getattr(layer, name).copy_(torch.rand(channels) + low)
+    return layer
+
+
+def step(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, and gradients of the input and of every parameter, of a training step."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = net(x)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    grads = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.requires_grad}
+    # In front of a norm, a bias has a gradient of rounding alone.
+    return [out.detach(), x.grad, *[grad for name, grad in grads.items() if not name.endswith("fc1.bias")]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_those_of_finite_differences(
+    layout: torch.memory_format, kind: Callable[[int], nn.Module], training: bool
+) -> None:
+    torch.manual_seed(0)
+    x, shortcut = (maps(2, 4, 5, 3, layout=layout) for _ in range(2))
+    layer = norm(kind, 4, training=training)
+    if training and kind is nn.BatchNorm2d:
+        layer.momentum = 0.0  # gradcheck calls it often
+    conv = nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=False).double()
+    assert trains_fused(x, (conv,), (layer,))
+    assert gradcheck(lambda x, *_: norm_relu_conv(x, layer, conv), (x, conv.weight, *layer.parameters()))
+    assert gradcheck(lambda x, s, *_: norm_add_relu(x, layer, s), (x, shortcut, *layer.parameters()))
+    pool = nn.AvgPool2d(3, 2, 1)
+    assert gradcheck(lambda x: average_pool(x, pool), (x,))
+
+
+@pytest.mark.parametrize("radix", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_split_attention_are_those_of_finite_differences(radix: int, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    layer = SplitAttentionConv2d(2 * radix, 4, groups=2, radix=radix, reduction=1).double()
+    for module in (layer.bn0, layer.bn1):
+        module.momentum = 0.0
+    x = maps(3, 2 * radix, 4, 3, layout=layout)
+    assert layer.trains_fused(x)
+    parameters = [p for name, p in layer.named_parameters() if name != "fc1.bias"]
+    assert gradcheck(lambda x, *_: layer(x), (x, *parameters))
+
+
+NETWORKS = ["resnest14", "resnest50_fast_4s2x40d", "resnest50_fast_1s1x64d", "se_resnet50", "resnet18", "sk_resnet50"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm_name", ["bn", "frozen_bn"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training_step_is_that_of_the_modules(name: str, norm_name: str, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    net = create_backbone(name, num_classes=4, norm=norm_name).double().to(memory_format=layout)
+    randomise_norms(net)
+    other = copy.deepcopy(net)
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=layout)
+    ours = step(net, x)
+    with plain_layers():
+        expected = step(other, x)
+    for own, reference in zip(ours, expected, strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-8, atol=1e-10 * float(reference.abs().max()))
+    for own, reference in zip(net.buffers(), other.buffers(), strict=True):
+        assert torch.equal(own, reference)
+
+
+@pytest.mark.parametrize("name", ["resnest14", "resnet18"])
+def test_training_step_in_bfloat16(name: str) -> None:
+    torch.manual_seed(0)
+    net = create_backbone(name, num_classes=4)
+    exact = copy.deepcopy(net)
+    x = torch.randn(4, 3, 64, 64)
+    with plain_layers():
+        expected = step(exact, x)
+        plain_net = copy.deepcopy(net)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = step(plain_net, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = step(net, x)
+    for own, other, reference in zip(ours, plain, expected, strict=True):
+        assert own.dtype == other.dtype
+        # Both are as far from float32 as sixteen bits are; neither is further than twice the other.
+        errors = [float((grad.float() - reference).norm() / reference.norm()) for grad in (own, other)]
+        assert errors[0] < 2 * errors[1] + 1e-3
+
+
+def test_a_step_in_float16_keeps_its_dtypes() -> None:
+    torch.manual_seed(0)
+    layer = SplitAttentionConv2d(8, 8)
+    x = torch.randn(4, 8, 6, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        out = layer(x)
+    out.float().sum().backward()
+    assert out.dtype == torch.float16
+    assert {parameter.grad.dtype for parameter in layer.parameters()} == {torch.float32}
+    with plain_layers(), torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(out, layer(x), rtol=1e-2, atol=1e-2)
+
+
+def test_less_is_kept_for_the_backward_pass() -> None:
+    net, x = create_backbone("resnest50", num_classes=4), torch.randn(2, 3, 64, 64)
+    kept = {}
+    for plain in (False, True):
+        saved = SavedBytes(net)
+        with saved:
+            if plain:
+                with plain_layers():
+                    loss = net(x).sum()
+            else:
+                loss = net(x).sum()
+        kept[plain] = saved.now
+        del loss
+    assert kept[False] < 0.85 * kept[True]
+
+
+def test_a_backward_pass_twice() -> None:
+    layer = SplitAttentionConv2d(4, 4).double()
+    x = maps(3, 4, 5, 5)
+    loss = layer(x).square().sum()
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+
+
+def test_parameters_that_are_not_trained() -> None:
+    torch.manual_seed(0)
+    net = create_backbone("resnest14", num_classes=4).double()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("layer3" in name or "fc" in name)
+    other = copy.deepcopy(net)
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    net(x).sum().backward()
+    with plain_layers():
+        other(x).sum().backward()
+    for (name, own), expected in zip(net.named_parameters(), other.parameters(), strict=True):
+        assert (own.grad is None) == (expected.grad is None), name
+        if own.grad is not None and not name.endswith("fc1.bias"):
+            torch.testing.assert_close(own.grad, expected.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_second_derivatives_need_plain_layers() -> None:
+    layer, x = SplitAttentionConv2d(4, 4).double(), maps(3, 4, 5, 5)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    with plain_layers():
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+    assert x.grad is not None
+
+
+def test_one_value_a_channel_is_refused() -> None:
+    x = maps(1, 4, 1, 1)
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 1, 1\), one value a channel"):
+        norm_relu_conv(x, norm(nn.BatchNorm2d, 4), nn.Conv2d(4, 4, 1, bias=False).double())
+
+
+def test_running_statistics_of_a_cumulative_average() -> None:
+    ours, expected = (nn.BatchNorm2d(4, momentum=None).double() for _ in range(2))
+    conv = nn.Conv2d(4, 4, 1, bias=False).double()
+    for _ in range(3):
+        x = maps(2, 4, 3, 3)
+        norm_relu_conv(x, ours, conv)
+        expected(x)
+    torch.testing.assert_close(ours.state_dict(), expected.state_dict())
+
+
+# Inference.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [*NORMS, SyncBatchNorm])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_norm_in_the_weights(layout: torch.memory_format, kind: Callable[[int], nn.Module], bias: bool) -> None:
+    torch.manual_seed(0)
+    conv, relu = nn.Conv2d(6, 8, 3, 2, 1, groups=2, bias=bias), nn.ReLU()
+    layer = norm(kind, 8, training=False).float()
+    x = torch.randn(2, 6, 16, 16).contiguous(memory_format=layout)
+    for activation in (relu, None):
+        with torch.inference_mode():
+            out = conv_norm_relu(x, conv, layer, activation)
+            expected = layer(conv(x))
+            expected = expected if activation is None else activation(expected)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        assert out.is_contiguous(memory_format=layout)
+
+
+def test_changed_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = []
+    original = fused_layers._folded_convolution
+    monkeypatch.setattr(fused_layers, "_folded_convolution", lambda *a: folded.append(1) or original(*a))
+    conv, layer = nn.Conv2d(4, 4, 1), norm(nn.BatchNorm2d, 4, training=False).float()
+    x = torch.randn(1, 4, 8, 8)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(conv_norm_relu(x, conv, layer, None), layer(conv(x)), rtol=1e-5, atol=1e-5)
+        conv.weight.data.mul_(2)  # which no version counter sees
+    assert len(folded) == 2
+
+
+@pytest.mark.parametrize("without", ["grad", "training", "hook", "bfloat16", "few pixels", "plain_layers", "fused op"])
+def test_what_is_not_folded(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, layer = nn.Conv2d(4, 4, 3, padding=1), norm(nn.BatchNorm2d, 4, training=without == "training").float()
+    x = torch.randn(2, 4, 3 if without == "few pixels" else 9, 5)
+    calls: list[int] = []
+    if without == "hook":
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    if without == "bfloat16":
+        conv, layer, x = conv.bfloat16(), layer.bfloat16(), x.bfloat16()
+    if without == "fused op":
+        monkeypatch.setattr(fused_layers, "has_fused_convolution", lambda: False)
+    else:
+        monkeypatch.setattr(fused_layers, "_folded_convolution", lambda *_: pytest.fail("folded"))
+    with torch.set_grad_enabled(without == "grad"):
+        if without == "plain_layers":
+            with plain_layers():
+                out = conv_norm_relu(x, conv, layer, nn.ReLU())
+        else:
+            out = conv_norm_relu(x, conv, layer, nn.ReLU())
+        assert calls == ([1] if without == "hook" else [])
+        layer._forward_hooks.clear()
+        torch.testing.assert_close(out, layer(conv(x)).relu(), rtol=1e-5, atol=1e-5)
+
+
+def test_whoever_counts_operations_sees_all_of_them() -> None:
+    net, x = create_backbone("resnest14").eval(), torch.rand(1, 3, 224, 224)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(x)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(2.75, abs=0.02)
+
+
+@pytest.mark.parametrize("child", ["conv1", "relu", "conv2", "conv2.conv", "conv2.bn0", "downsample"])
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_in_a_block_are_called(child: str, training: bool) -> None:
+    net = create_backbone("resnest14").train(training)
+    block = net.layer1[0]
+    calls: list[int] = []
+    block.get_submodule(child).register_forward_hook(lambda *_: calls.append(1))
+    with torch.set_grad_enabled(training):
+        net(torch.rand(2, 3, 64, 64))
+    assert calls
+
+
+def test_every_block_of_the_package_takes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = create_backbone("resnest50_fast_2s1x64d")  # average pools before the 3x3
+    blocks = [block for block in net.modules() if isinstance(block, (Bottleneck, BasicBlock))]
+    x = torch.randn(2, blocks[0].conv1.in_channels, 8, 8)
+    assert blocks[0]._trains_fused(x)
+    with plain_layers():
+        assert not blocks[0]._trains_fused(x)
+    with torch.no_grad():
+        assert not blocks[0]._trains_fused(x)
