@@ -29,6 +29,7 @@ bench: $(READY)  ## the figures of docs/benchmarks.md that a few minutes can mea
 	$(BIN)/python -m tests.benchmarks.activation_checkpointing
 	$(BIN)/python -m tests.benchmarks.detection_loader
 	$(BIN)/python -m tests.benchmarks.data_doctor
+	$(BIN)/python -m tests.benchmarks.speed --skip compiled gpu --rounds 5 --train-rounds 3
 
 docs: $(READY)  ## the documentation as a site: site/index.html, which opens without a server
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet  # the theme warns of a major version that is excluded

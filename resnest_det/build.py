@@ -360,6 +360,7 @@ def _build_backbone(
         output_stride=output_stride,
         drop_path=settings.drop_path,
         checkpoint=settings.checkpoint_activations,
+        hard_sigmoid=settings.hard_sigmoid,
         new_classifier=True,  # the models have no use for one
     )
     if not load_weights:

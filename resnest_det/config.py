@@ -367,6 +367,11 @@ class DetectorSettings(Section):
     norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] = Field(
         "bn", description="Normalisation layers of the backbone: batch, frozen batch, synchronised batch, group."
     )
+    hard_sigmoid: bool = Field(
+        False,
+        description="Gate of the squeeze-and-excitation networks: relu6(x + 3) / 6, which quantises well, in place "
+        "of the sigmoid.",
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="Probability that the last block's branch is dropped.")
     checkpoint_activations: bool = Field(
         False, description="Recompute the backbone's activations in the backward pass: less memory, more time."
@@ -471,6 +476,11 @@ class SegmenterSettings(Section):
     )
     norm: Literal["bn", "frozen_bn", "sync_bn", "gn"] = Field(
         "bn", description="Normalisation layers of the backbone: batch, frozen batch, synchronised batch, group."
+    )
+    hard_sigmoid: bool = Field(
+        False,
+        description="Gate of the squeeze-and-excitation networks: relu6(x + 3) / 6, which quantises well, in place "
+        "of the sigmoid.",
     )
     output_stride: Literal[8, 16, 32] = Field(
         16, description="Image pixels for one step of the backbone's last features; 32 needs model.aspp_rates."

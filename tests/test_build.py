@@ -30,12 +30,14 @@ from resnest_det.config import (
     ineffective_settings,
 )
 from resnest_det.evaluation import DetectionInference
+from resnest_det.layers import SqueezeExcitation
 
 DETECTORS = get_args(DetectorSettings.model_fields["detector"].annotation)
 OTHER_VALUES: dict[str, Any] = {  # of every setting that build_detector reads but the detector: not its default
     "backbone": "resnet34",
     "weights": "imagenet",
     "norm": "gn",
+    "hard_sigmoid": True,
     "drop_path": 0.1,
     "checkpoint_activations": True,
     "trainable_stages": 2,
@@ -168,6 +170,19 @@ def test_metric_of_a_data_set(sample: CocoDataSettings) -> None:
     assert (results["APs"], results["APm"], results["APl"]) == (-1.0, -1.0, 1.0)  # every object is a large one
     assert "mask_AP" not in of_boxes.compute()
     assert "pycocotools" in metric.table()
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_hard_sigmoid_is_of_the_networks_with_squeeze_and_excitation(task: str) -> None:
+    def build_one(backbone: str) -> nn.Module:
+        if task == "detection":
+            return build_detector(DetectorSettings(backbone=backbone, hard_sigmoid=True, fpn_channels=32), 3)
+        return build_segmenter(SegmenterSettings(backbone=backbone, hard_sigmoid=True, head_channels=32), 3)
+
+    gates = [module.gate for module in build_one("se_resnet18").modules() if isinstance(module, SqueezeExcitation)]
+    assert gates == ["hard_sigmoid"] * 8
+    with pytest.raises(ValueError, match="hard_sigmoid=True is .*, and resnest14 has none"):
+        build_one("resnest14")
 
 
 # --- inference

@@ -117,8 +117,13 @@ def _selective_kernel(channels: int, *, stride: int, dilation: int, groups: int,
     )
 
 
-def _squeeze_excitation(channels: int, *, norm_layer: NormLayer) -> nn.Module:  # noqa: ARG001 (it has no norm)
-    return SqueezeExcitation(channels, reduction=16)
+def _squeeze_excitation(
+    channels: int,
+    *,
+    norm_layer: NormLayer,  # noqa: ARG001 (it has no norm)
+    gate: Literal["sigmoid", "hard_sigmoid"] = "sigmoid",
+) -> nn.Module:
+    return SqueezeExcitation(channels, reduction=16, gate=gate)
 
 
 def _eca_resnet(block: type[Block], layers: Sequence[int], *, kernel_sizes: tuple[int, int, int, int]) -> Variant:
@@ -196,6 +201,7 @@ def create_backbone(
     drop_path: float = 0.0,
     checkpoint: bool = False,
     *,
+    hard_sigmoid: bool = False,
     gate: Gate | None = None,
     spatial_conv: SpatialConv | None = None,
     new_classifier: bool = False,
@@ -211,6 +217,8 @@ def create_backbone(
         output_stride: 8, 16 or 32: the smaller, the larger the last feature maps, through dilation.
         drop_path: stochastic depth of the last block, in [0, 1).
         checkpoint: activation checkpointing: less memory in training, more time.
+        hard_sigmoid: SE's gate is relu6(x + 3) / 6 in place of the sigmoid, see SqueezeExcitation; for networks with
+            SE. The tensors are the same, but published weights were trained with the sigmoid.
         gate: attention of one's own in the slot before each block's addition, in place of the network's: a function
             from the block's channels to a module. Weights may lack its tensors, which then keep their initial
             values, and hold those of the network's gate, which are left out; a warning names both.
@@ -229,8 +237,17 @@ def create_backbone(
         raise ValueError(f"backbone {name!r} is unknown; did you mean {nearest!r}? There are: {', '.join(VARIANTS)}")
     variant = VARIANTS[name]
     make_norm = norm_layer(norm)
+    if hard_sigmoid and (gate is not None or variant.gate is not _squeeze_excitation):
+        reason = f"{name} has none" if gate is None else "a gate of one's own stands in its place"
+        with_se = ", ".join(other for other, row in VARIANTS.items() if row.gate is _squeeze_excitation)
+        raise ValueError(
+            f"hard_sigmoid=True is about the gate of squeeze and excitation, and {reason}; leave it out, or use one of "
+            f"{with_se}"
+        )
     filled_gate = gate
-    if gate is None and variant.gate is not None:
+    if hard_sigmoid:
+        filled_gate = partial(_squeeze_excitation, norm_layer=make_norm, gate="hard_sigmoid")
+    elif gate is None and variant.gate is not None:
         filled_gate = partial(variant.gate, norm_layer=make_norm)
     net = ResNet(
         variant.block,
@@ -265,6 +282,7 @@ class Builder(Protocol):
         drop_path: float = 0.0,
         checkpoint: bool = False,
         *,
+        hard_sigmoid: bool = False,
         gate: Gate | None = None,
         spatial_conv: SpatialConv | None = None,
         new_classifier: bool = False,
@@ -282,6 +300,7 @@ def _builder(name: str) -> Builder:
         drop_path: float = 0.0,
         checkpoint: bool = False,
         *,
+        hard_sigmoid: bool = False,
         gate: Gate | None = None,
         spatial_conv: SpatialConv | None = None,
         new_classifier: bool = False,
@@ -294,6 +313,7 @@ def _builder(name: str) -> Builder:
             output_stride,
             drop_path,
             checkpoint,
+            hard_sigmoid=hard_sigmoid,
             gate=gate,
             spatial_conv=spatial_conv,
             new_classifier=new_classifier,

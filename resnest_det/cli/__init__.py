@@ -14,7 +14,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from resnest_det import __version__
-from resnest_det.cli import attention, classify, compare, configs, doctor, evaluate, predict, report, sample, train
+from resnest_det.cli import (
+    attention,
+    benchmark,
+    classify,
+    compare,
+    configs,
+    doctor,
+    evaluate,
+    export,
+    predict,
+    quantize,
+    report,
+    sample,
+    train,
+)
 
 if TYPE_CHECKING:
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -41,7 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="resnest-det", description="ResNeSt and its relatives, on the command line.")
     parser.add_argument("--version", action="version", version=f"resnest-det {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (train, predict, evaluate, report, compare, classify, attention, doctor, configs, sample):
+    for command in (
+        train,
+        predict,
+        evaluate,
+        report,
+        compare,
+        classify,
+        attention,
+        doctor,
+        configs,
+        sample,
+        export,
+        quantize,
+        benchmark,
+    ):
         command.add(commands)
     arguments = parser.parse_args(words)
     try:

@@ -11,6 +11,7 @@ import operator
 from typing import Any, cast
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.ops import MultiScaleRoIAlign
@@ -21,6 +22,7 @@ from resnest_det.deploy.tracing import only_child, own_graph, shared_modules
 from resnest_det.layers.fused import has_fused_convolution, is_plain_conv
 
 _MANY_ROWS = 16  # from which oneDNN's linear layer was the faster one
+_MANY_SIZES = 256  # torch stops compiling after 8, and runs the ninth as it is written
 
 
 def optimize_for_inference(model: nn.Module, *, compile: bool = False) -> nn.Module:
@@ -112,10 +114,19 @@ class OneDNNLinear(nn.Module):
 
 def _compiled(model: nn.Module) -> nn.Module:
     """The model, or a detector's backbone, compiled with its weights as constants."""
+    import torch._inductor.config as inductor  # slow to import
+
     backbone = getattr(model, "backbone", None)
     is_detector = isinstance(backbone, nn.Module) and hasattr(model, "transform")
     target = cast(nn.Module, backbone) if is_detector else model
-    target.forward = torch.no_grad()(torch.compile(target.forward, options={"freezing": True}))
+    compiled = torch.compile(target.forward, dynamic=False)
+
+    def forward(*arguments: Any) -> Any:
+        # The weights become constants only where this is set while a size is compiled, which is at its first call.
+        with inductor.patch(freezing=True), torch._dynamo.config.patch(recompile_limit=_MANY_SIZES), torch.no_grad():
+            return compiled(*arguments)
+
+    target.forward = forward
     return model
 
 

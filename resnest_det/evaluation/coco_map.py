@@ -16,20 +16,22 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from resnest_det.coco_format import EncodedMask
 from resnest_det.distributed import gather_objects
 from resnest_det.evaluation.image_boxes import ImageBoxes, read_image_boxes, value_of
 
 Backend: TypeAlias = Literal["pycocotools", "hotcoco"]
 Kind: TypeAlias = Literal["bbox", "segm"]
 
-# Where each has its classes COCO and COCOeval.
-_MODULES = {"pycocotools": ("pycocotools.coco", "pycocotools.cocoeval"), "hotcoco": ("hotcoco", "hotcoco")}
+# Objects of all images, one behind the other: COCO's name of a field -> an array of its values, of masks a list.
+_Columns: TypeAlias = dict[str, Any]
+_Rows: TypeAlias = list[dict[str, Any]]
 
 AP_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 MASK_PREFIX = "mask_"
@@ -342,23 +344,12 @@ class CocoMeanAveragePrecision:
         return summary
 
     def _evaluate(self, kind: Kind) -> _Results:
-        coco_module, eval_module = map(importlib.import_module, _MODULES[self.backend])
-        datasets = []
-        for objects in (self._ground_truth(kind), self._detections(kind)):
-            # What COCO.loadRes builds of detections, without the masks it draws around boxes, and for none too.
-            dataset = coco_module.COCO()
-            dataset.dataset = {
-                "images": self._image_sizes(kind),
-                "annotations": objects,
-                "categories": [{"id": label, "name": name} for label, name in self.class_names.items()],
-            }
-            datasets.append(dataset)
+        categories = [{"id": label, "name": name} for label, name in self.class_names.items()]
+        make_evaluation = _hotcoco_evaluation if self.backend == "hotcoco" else _pycocotools_evaluation
         # Progress goes to print(); hotcoco warns of limits and ranges that are not COCO's.
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            for dataset in datasets:
-                dataset.createIndex()
-            evaluation = eval_module.COCOeval(*datasets, iouType=kind)
+            evaluation = make_evaluation(kind, self._image_sizes(kind), categories, *self._columns(kind))
             evaluation.params.maxDets = list(self.max_detections)
             evaluation.params.areaRng = self._area_ranges
             evaluation.evaluate()
@@ -378,47 +369,36 @@ class CocoMeanAveragePrecision:
             sizes.append(size)
         return sizes
 
-    def _ground_truth(self, kind: Kind) -> list[dict[str, Any]]:
-        annotations: list[dict[str, Any]] = []
-        for number, image in enumerate(self.images.values()):
-            columns = (image.true_boxes_xywh, image.true_labels, image.true_areas, image.true_crowds)
-            for n, (box, label, area, crowd) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-                annotation = {
-                    "id": len(annotations) + 1,  # from 1: COCOeval reads 0 as "not matched"
-                    "image_id": number,
-                    "category_id": label,
-                    "bbox": box,
-                    "area": area,
-                    "iscrowd": int(crowd),
-                }
-                if kind == "segm":
-                    assert image.true_masks is not None
-                    annotation["segmentation"] = image.true_masks[n]
-                annotations.append(annotation)
-        return annotations
+    def _columns(self, kind: Kind) -> tuple[_Columns, _Columns]:
+        """The ground truth and the detections of all images."""
+        images = list(self.images.values())
 
-    def _detections(self, kind: Kind) -> list[dict[str, Any]]:
-        annotations: list[dict[str, Any]] = []
-        for number, image in enumerate(self.images.values()):
-            areas = image.found_boxes_xywh[:, 2] * image.found_boxes_xywh[:, 3]
-            if kind == "segm":
-                assert image.found_masks is not None
-                areas = coco_mask.area(image.found_masks) if image.found_masks else np.zeros(0)
-            columns = (image.found_boxes_xywh, image.found_labels, areas, image.found_scores)
-            for m, (box, label, area, score) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
-                annotation = {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": label,
-                    "bbox": box,
-                    "area": area,
-                    "score": score,
-                }
-                if kind == "segm":
-                    assert image.found_masks is not None
-                    annotation["segmentation"] = image.found_masks[m]
-                annotations.append(annotation)
-        return annotations
+        def all_of(name: str) -> NDArray[Any]:
+            return np.concatenate([getattr(image, name) for image in images])
+
+        truth: _Columns = {
+            "category_id": all_of("true_labels"),
+            "bbox": all_of("true_boxes_xywh"),
+            "area": all_of("true_areas"),
+            "iscrowd": all_of("true_crowds").astype(np.int64),
+        }
+        found: _Columns = {
+            "category_id": all_of("found_labels"),
+            "bbox": all_of("found_boxes_xywh"),
+            "score": all_of("found_scores"),
+        }
+        if kind == "segm":
+            truth["segmentation"] = [mask for image in images for mask in image.true_masks or []]
+            found["segmentation"] = masks = [mask for image in images for mask in image.found_masks or []]
+            found["area"] = _areas(masks)
+        else:
+            found["area"] = found["bbox"][:, 2] * found["bbox"][:, 3]
+        numbers = np.arange(len(images))
+        truth["image_id"] = np.repeat(numbers, [len(image.true_labels) for image in images])
+        found["image_id"] = np.repeat(numbers, [len(image.found_labels) for image in images])
+        for columns in (truth, found):
+            columns["id"] = np.arange(1, len(columns["bbox"]) + 1)  # from 1: COCOeval reads 0 as "not matched"
+        return truth, found
 
     def _computed(self, kind: Kind) -> _Results:
         if kind not in self._kinds:
@@ -428,9 +408,52 @@ class CocoMeanAveragePrecision:
         return self._results[kind]
 
 
+def _areas(masks: Sequence[EncodedMask]) -> NDArray[np.float64]:
+    """Their pixels, (N,)."""
+    # pycocotools writes the number of masks into a byte, which NumPy 2 refuses from 256 on.
+    starts = range(0, len(masks), 255)
+    return np.concatenate([np.zeros(0), *(coco_mask.area(masks[start : start + 255]) for start in starts)])
+
+
+def _pycocotools_evaluation(kind: Kind, images: _Rows, categories: _Rows, truth: _Columns, found: _Columns) -> Any:
+    """COCOeval of what COCO.loadRes builds of detections, without the masks it draws around boxes, and for none too."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    datasets = []
+    for columns in (truth, found):
+        values = [column.tolist() if isinstance(column, np.ndarray) else column for column in columns.values()]
+        annotations = [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+        dataset = COCO()
+        dataset.dataset = {"images": images, "annotations": annotations, "categories": categories}
+        dataset.createIndex()
+        datasets.append(dataset)
+    return COCOeval(*datasets, iouType=kind)
+
+
+def _hotcoco_evaluation(kind: Kind, images: _Rows, categories: _Rows, truth: _Columns, found: _Columns) -> Any:
+    """The same from the columns themselves: to make a dict of each detection takes longer than to evaluate them."""
+    hotcoco = importlib.import_module("hotcoco")
+    true_set = hotcoco.COCO.from_arrays(
+        images,
+        categories,
+        truth["image_id"],
+        truth["category_id"],
+        truth["bbox"],
+        ids=truth["id"],
+        area=truth["area"],
+        iscrowd=truth["iscrowd"],
+        segmentation=truth.get("segmentation"),
+    )
+    rows = np.column_stack([found[name] for name in ("image_id", "bbox", "score", "category_id")])
+    found_set = true_set.loadRes(rows, segmentation=found.get("segmentation"))
+    found_set.update_anns(ids=found["id"], area=found["area"])  # loadRes takes the box's for the mask's
+    return hotcoco.COCOeval(true_set, found_set, iouType=kind)
+
+
 def _check_backend(backend: str) -> None:
-    if backend not in _MODULES:
-        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, _MODULES))}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, get_args(Backend)))}")
     if importlib.util.find_spec(backend) is None:
         raise ValueError(
             f"backend={backend!r} needs the package {backend}, which is not installed: "

@@ -6,7 +6,7 @@ COCO's run lengths, of dense ones a thousandth of the memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,10 +113,10 @@ def _boxes_xywh(item: Mapping[str, Any], source: str) -> NDArray[np.float64]:
         )
     _check_finite(boxes_xyxy, "boxes", source)
     sizes = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-    reversed_boxes = boxes_xyxy[(sizes < 0).any(axis=1)]
-    if len(reversed_boxes):
+    if (sizes < 0).any():
+        reversed_box = boxes_xyxy[(sizes < 0).any(axis=1)][0]
         raise ValueError(
-            f"{source}: the box {reversed_boxes[0].tolist()} ends before it starts; boxes are xyxy (x1, y1, "
+            f"{source}: the box {reversed_box.tolist()} ends before it starts; boxes are xyxy (x1, y1, "
             f"x2, y2) in pixels: convert boxes given as (x, y, width, height)"
         )
     boxes_xywh = np.concatenate([boxes_xyxy[:, :2], sizes], axis=1)
@@ -129,9 +129,12 @@ def _boxes_xywh(item: Mapping[str, Any], source: str) -> NDArray[np.float64]:
             f"same boxes: where boxes are changed, leave boxes_xywh out"
         )
     _check_finite(exact_xywh, "boxes_xywh", source)
+    differences = np.abs(exact_xywh - boxes_xywh)
+    negative = exact_xywh[:, 2:] < 0
+    if differences.max(initial=0) <= _ROUNDING and not negative.any():  # which spares most files what follows
+        return exact_xywh
     tolerances = _ROUNDING * np.abs(boxes_xyxy).max(axis=1, initial=1)
-    is_other = np.abs(exact_xywh - boxes_xywh).max(axis=1, initial=0) > tolerances
-    wrong = np.flatnonzero(is_other | (exact_xywh[:, 2:] < 0).any(axis=1))
+    wrong = np.flatnonzero((differences.max(axis=1) > tolerances) | negative.any(axis=1))
     if len(wrong):
         given_xywh, given_xyxy = exact_xywh[wrong[0]].tolist(), boxes_xyxy[wrong[0]].tolist()
         raise ValueError(
@@ -189,20 +192,22 @@ def _masks(item: Mapping[str, Any], num_boxes: int, source: str) -> list[Encoded
         return _encoded(_dense_masks(torch.as_tensor(value).detach(), num_boxes, source))
     if len(value) != num_boxes:
         raise ValueError(f"{source}: {len(value)} masks came beside {num_boxes} boxes; every box needs one")
-    given = [_size_and_counts(mask, f"{source}: masks[{number}]") for number, mask in enumerate(value)]
+    for number, mask in enumerate(value):
+        _check_form(mask, number, source)
+    encoded = encoded_masks([(mask["size"], mask["counts"]) for mask in value])
     masks: list[EncodedMask] = []
-    for number, (mask, (size, counts)) in enumerate(zip(encoded_masks(given), given, strict=True)):
-        height, width = size
+    for number, mask in enumerate(encoded):
         if mask is None:
+            height, width = value[number]["size"]
             raise ValueError(
-                f"{source}: masks[{number}] has the counts {str(counts)[:40]}, which make no mask of {height} x "
-                f"{width} pixels; run lengths are numbers from 0 that add up to height x width, compressed as "
-                f"pycocotools.mask.encode does it or not"
+                f"{source}: masks[{number}] has the counts {str(value[number]['counts'])[:40]}, which make no mask of "
+                f"{height} x {width} pixels; run lengths are numbers from 0 that add up to height x width, compressed "
+                f"as pycocotools.mask.encode does it or not"
             )
         if masks and mask["size"] != masks[0]["size"]:
             raise ValueError(
-                f"{source}: masks[{number}] is {height} x {width} pixels and masks[0] {_height_x_width(masks[0])}; all "
-                f"must have the size of the image"
+                f"{source}: masks[{number}] is {_height_x_width(mask)} pixels and masks[0] "
+                f"{_height_x_width(masks[0])}; all must have the size of the image"
             )
         masks.append(mask)
     return masks
@@ -237,21 +242,26 @@ def _encoded(masks: Tensor) -> list[EncodedMask]:
     return encoded
 
 
-def _size_and_counts(mask: Any, source: str) -> tuple[Sequence[int], str | bytes | list[int]]:
-    if not isinstance(mask, Mapping) or not {"size", "counts"} <= mask.keys():
+def _check_form(mask: Any, number: int, source: str) -> None:
+    """Whether a mask has a size and counts of the right types."""
+    if not isinstance(mask, Mapping) or "size" not in mask or "counts" not in mask:
         came = f"has the keys {sorted(mask)}" if isinstance(mask, Mapping) else f"is of the type {type(mask).__name__}"
         raise ValueError(
-            f'{source} {came}; run lengths are {{"size": [height, width], "counts": ...}}, and dense masks come as one '
-            f"tensor"
+            f'{source}: masks[{number}] {came}; run lengths are {{"size": [height, width], "counts": ...}}, and dense '
+            f"masks come as one tensor"
         )
     size, counts = mask["size"], mask["counts"]
-    if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
-        raise ValueError(f"{source} has the size {size!r}; it must be [height, width] in pixels")
+    if not (isinstance(size, (list, tuple)) and len(size) == 2 and _is_side(size[0]) and _is_side(size[1])):
+        raise ValueError(f"{source}: masks[{number}] has the size {size!r}; it must be [height, width] in pixels")
     if not isinstance(counts, (str, bytes, list)):
         raise ValueError(
-            f"{source} has counts of the type {type(counts).__name__}; they must be a list, or compressed to a string"
+            f"{source}: masks[{number}] has counts of the type {type(counts).__name__}; they must be a list, or "
+            f"compressed to a string"
         )
-    return size, counts
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def _height_x_width(mask: EncodedMask) -> str:

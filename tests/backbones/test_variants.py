@@ -15,6 +15,7 @@ import timm
 import torch
 from resnest.torch.resnet import Bottleneck as ReleasedBottleneck
 from resnest.torch.resnet import ResNet as ReleasedResNet
+from timm.layers import SEModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
@@ -176,6 +177,15 @@ def test_equals_timm(name: str) -> None:
     check_equal(ours, theirs, layout="timm")
 
 
+def test_hard_sigmoid_equals_timm() -> None:
+    torch.manual_seed(0)
+    ours = create_backbone("se_resnet50", hard_sigmoid=True)
+    with torch.device("meta"):
+        attention = partial(SEModule, gate_layer="hard_sigmoid")
+        theirs = timm.create_model("seresnet50", block_args={"attn_layer": attention})
+    check_equal(ours, theirs, layout="timm")
+
+
 DEEP = ("resnest101", "resnest200", "resnest269")
 
 
@@ -233,7 +243,7 @@ def plain_norm(x: Tensor, state: dict[str, Tensor], key: str) -> Tensor:
     return (x - mean[:, None, None]) * scale[:, None, None] + state[f"{key}.bias"][:, None, None]
 
 
-def plain_gate(x: Tensor, state: dict[str, Tensor], key: str) -> Tensor:
+def plain_gate(x: Tensor, state: dict[str, Tensor], key: str, hard_sigmoid: bool) -> Tensor:
     """The papers' formulas of SE, ECA or CBAM, whichever the names of the tensors at `key` show."""
 
     def linear(pooled: Tensor, layer: str) -> Tensor:
@@ -241,7 +251,8 @@ def plain_gate(x: Tensor, state: dict[str, Tensor], key: str) -> Tensor:
 
     pooled = x.mean((2, 3))  # (N, C)
     if f"{key}.fc1.weight" in state:
-        scale = linear(linear(pooled, f"{key}.fc1").clamp(min=0), f"{key}.fc2").sigmoid()
+        logits = linear(linear(pooled, f"{key}.fc1").clamp(min=0), f"{key}.fc2")
+        scale = (logits + 3).clamp(0, 6) / 6 if hard_sigmoid else logits.sigmoid()
         return x * scale[:, :, None, None]
     if f"{key}.conv.weight" in state:
         kernel = state[f"{key}.conv.weight"].flatten()
@@ -279,7 +290,7 @@ def plain_selective_kernel(x: Tensor, state: dict[str, Tensor], key: str, stride
     return (branches[0] * first + branches[1] * second) / (first + second)
 
 
-def plain_network(x: Tensor, state: dict[str, Tensor], groups: int) -> Tensor:
+def plain_network(x: Tensor, state: dict[str, Tensor], groups: int, hard_sigmoid: bool = False) -> Tensor:
     """The logits of a ResNet or ResNeXt with whatever attention its state dict names."""
     x = plain_norm(F.conv2d(x, state["conv1.weight"], stride=2, padding=3), state, "bn1").clamp(min=0)
     x = F.max_pool2d(x, 3, 2, 1)
@@ -297,7 +308,7 @@ def plain_network(x: Tensor, state: dict[str, Tensor], groups: int) -> Tensor:
         if bottleneck:
             out = plain_norm(F.conv2d(out.clamp(min=0), state[f"{key}.conv3.weight"]), state, f"{key}.bn3")
         if any(name.startswith(f"{key}.gate.") for name in state):
-            out = plain_gate(out, state, f"{key}.gate")
+            out = plain_gate(out, state, f"{key}.gate", hard_sigmoid)
         if f"{key}.downsample.0.weight" in state:
             x = plain_norm(
                 F.conv2d(x, state[f"{key}.downsample.0.weight"], stride=stride), state, f"{key}.downsample.1"
@@ -319,6 +330,22 @@ def test_equals_a_plain_implementation(name: str) -> None:
     expected = plain_network(x, net.state_dict(), VARIANTS[name].groups)
     assert 0.1 < expected.abs().max() < 10
     assert (net(x) - expected).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def test_hard_sigmoid_equals_a_plain_implementation() -> None:
+    """With the weights of the network that has the sigmoid, whose logits are others."""
+    torch.manual_seed(0)
+    soft = randomise_norms(create_backbone("se_resnet18")).eval()
+    hard = resnest_det.se_resnet18(hard_sigmoid=True).eval()
+    hard.load_state_dict(soft.state_dict())
+    for block in (*hard.layer1, *hard.layer2, *hard.layer3, *hard.layer4):
+        block.gate.fc2.bias.uniform_(-4, 4)  # beyond both ends of the line
+    soft.load_state_dict(hard.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    expected = plain_network(x, hard.state_dict(), groups=1, hard_sigmoid=True)
+    assert (hard(x) - expected).abs().max() < 1e-5
+    assert (soft(x) - expected).abs().max() > 1e-3
 
 
 def stage_gates(name: str) -> list[nn.Module]:
@@ -479,6 +506,17 @@ def test_every_network_has_its_function(name: str) -> None:
         ({"name": "resnest14", "num_classes": 0}, "num_classes=0 must be 1 or more"),
         ({"name": "se_resnet5O"}, "backbone 'se_resnet5O' is unknown; did you mean 'se_resnet50'"),
         ({"name": "resnet18", "spatial_conv": SelectiveKernelConv2d}, "spatial_conv and .* need block=Bottleneck"),
+        *(
+            (
+                {"name": name, "hard_sigmoid": True},
+                f"hard_sigmoid=True is .* and {name} has none; leave it out, or use one of se_resnet18, .*_32x4d$",
+            )
+            for name in ("resnest14", "cbam_resnet18", "eca_resnet18", "sk_resnet50")
+        ),
+        (
+            {"name": "se_resnet18", "hard_sigmoid": True, "gate": EfficientChannelAttention},
+            "hard_sigmoid=True is .*, and a gate of one's own stands in its place; leave it out",
+        ),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:

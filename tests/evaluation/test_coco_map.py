@@ -437,6 +437,16 @@ def test_the_mask_decides_the_size_of_a_detection() -> None:
     assert (numbers["APm"], numbers["mask_APm"]) == pytest.approx((0.5, 1.0))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_masks_in_an_image_than_a_byte_counts(backend: str) -> None:
+    metric = animals(masks=True, backend=backend, max_detections=(300,))
+    # The object is found last, behind 299 false alarms.
+    prediction = with_masks(prediction_of(*[ELSEWHERE] * 299, SQUARE, scores=[0.9] * 299 + [0.1]))
+    metric.update([prediction], [with_masks(target_of(SQUARE))])
+    numbers = metric.compute()
+    assert (numbers["mask_AR300"], numbers["mask_AP"]) == pytest.approx((1.0, 1 / 300))
+
+
 def test_masks_are_kept_as_run_lengths() -> None:
     metric = animals(masks=True)
     prediction, target = with_masks(prediction_of(*[SQUARE] * 30)), with_masks(target_of(*[SQUARE] * 30))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -142,6 +143,22 @@ def test_no_constant_weight_stands_for_the_gate() -> None:
     torch.testing.assert_close(F.conv2d(first, *folded), attention(conv(first)))
     off = (F.conv2d(second, *folded) - attention(conv(second))).abs().max()
     assert off > 0.01
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of the exporter itself
+@pytest.mark.parametrize(("gate", "operator"), [("sigmoid", "Sigmoid"), ("hard_sigmoid", "HardSigmoid")])
+def test_the_gate_is_one_operator_in_onnx(gate: Any, operator: str) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    layer, x = SqueezeExcitation(32, gate=gate).eval(), torch.randn(2, 32, 9, 6)
+    layer.fc2.bias.data.uniform_(-4, 4)  # beyond both ends of the line
+    file = io.BytesIO()
+    torch.onnx.export(layer, (x,), file, dynamo=False, opset_version=17)
+    operators = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
+    assert [name for name in operators if "Sigmoid" in name] == [operator]
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), layer(x).detach())
 
 
 def test_children() -> None:
