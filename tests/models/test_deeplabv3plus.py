@@ -17,6 +17,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import FrozenBatchNorm2d
 
 from resnest_det import create_backbone, list_backbones
+from resnest_det.layers import plain_layers
 from resnest_det.models import DeepLabV3Plus, SegmentationLoss, deeplabv3plus
 from resnest_det.models.deeplabv3plus import ASPP
 from tests.random_norms import randomise_norms
@@ -221,6 +222,20 @@ def test_channels_last(name: str) -> None:
     model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(model(list(images))["out"], expected, rtol=1e-5, atol=1e-5)
     assert layouts == [True] * 4  # nowhere on the way did the features turn back
+
+
+def test_logits_without_gradients_are_those_with() -> None:
+    torch.manual_seed(0)
+    model = deeplabv3plus(create_backbone("resnest14", output_stride=16), 7).eval()
+    images = torch.rand(2, 3, 75, 100)
+    with plain_layers():
+        expected = model(images)["out"]
+        with torch.no_grad():
+            assert torch.equal(model(images)["out"], expected)
+    with torch.no_grad():
+        out = model(images)["out"]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_bfloat16_autocast() -> None:
