@@ -29,6 +29,7 @@ from resnest_det.layers.fused import (
     may_fuse,
     norm_add_relu,
     norm_relu_conv,
+    plain_layers,
     trains_fused,
 )
 
@@ -260,6 +261,11 @@ def _downsampled(shortcut: nn.Module, x: Tensor) -> Tensor:
 class DeepStem(nn.Sequential):
     """Three convolutions, with norm and ReLU behind the first and the second."""
 
+    def __getitem__(self, index: slice | int) -> Any:
+        """One module, or some in a plain Sequential."""
+        modules = list(self)[index]
+        return nn.Sequential(*modules) if isinstance(modules, list) else modules
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, channels, H / 2, W / 2)."""
         conv1, norm1, relu1, conv2, norm2, relu2, conv3 = self
@@ -300,8 +306,14 @@ class Stage(nn.Sequential):
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a checkpointed block's forward pass and of its recomputation."""
-    return nullcontext(), _running_statistics_kept(block)
+    """The contexts of a checkpointed block's forward pass and of its recomputation, which takes the same way."""
+    return nullcontext(), _recomputation(block, plain=not may_fuse(torch.empty(0)))
+
+
+@contextmanager
+def _recomputation(block: nn.Module, plain: bool) -> Iterator[None]:
+    with _running_statistics_kept(block), plain_layers() if plain else nullcontext():
+        yield
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from resnest_det.deploy.tracing import only_child, own_graph, shared_modules
 from resnest_det.layers import SyncBatchNorm
+from resnest_det.layers.fused import has_hooks
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm, FrozenBatchNorm2d)
 
@@ -49,7 +50,7 @@ def _fold_children(parent: nn.Module, shared: set[nn.Module]) -> None:
         if node.op != "call_module":
             continue
         norm = parent.get_submodule(node.target)
-        if type(norm) not in _NORMS or norm.running_var is None or norm in shared:
+        if type(norm) not in _NORMS or norm.running_var is None or norm in shared or has_hooks(norm):
             continue
         calls = [other for other in node.graph.nodes if other.op == "call_module" and other.target == node.target]
         conv = only_child(parent, node.args[0], (nn.Conv2d,))
@@ -68,8 +69,7 @@ def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
         scale, shift = scale * gain, shift * gain + offset
     weight = conv.weight.double() * scale[:, None, None, None]
     bias = shift if conv.bias is None else conv.bias.double() * scale + shift
-    conv.weight.copy_(weight)
-    if conv.bias is None:
-        conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
-    else:
-        conv.bias.copy_(bias)
+    # New parameters, since another convolution may have the same ones.
+    trained = conv.weight.requires_grad
+    conv.bias = nn.Parameter(bias.to(conv.weight), requires_grad=trained)
+    conv.weight = nn.Parameter(weight.to(conv.weight), requires_grad=trained)

@@ -50,8 +50,10 @@ def optimize_for_inference(model: nn.Module, *, compile: bool = False) -> nn.Mod
         for name, parent in list(fast.named_modules()):
             if any(isinstance(child, nn.Conv2d) for child in parent.children()) or isinstance(parent, nn.Sequential):
                 rewritten = _with_joined_relus(parent, shared, joined)
-                if rewritten is not parent:
+                if rewritten is not parent and name:
                     fast.set_submodule(name, rewritten)
+                elif rewritten is not parent:
+                    fast = rewritten
         _pack(fast, joined, {})
     return fast
 
@@ -73,29 +75,48 @@ class PackedConv2d(nn.Module):
         self.bias = conv.bias
         self.relu = relu
         self.arguments = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self.out_channels, self.kernel_size = conv.out_channels, conv.kernel_size
         self.packed: Tensor | None = None
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """Convolve (N, in_channels, H, W), and add a shortcut of the output's shape before the ReLU."""
+    def forward(self, x: Tensor, term: Any = None) -> Tensor:
+        """Convolve (N, in_channels, H, W), and add a term, such as a shortcut, before the ReLU."""
         x = x.contiguous(memory_format=torch.channels_last)
-        if self.packed is None:
-            assert self.conv is not None
-            if x.shape[2:].numel() == 1:  # of pooled features, where packing costs more than it saves
-                out = self.conv(x)
-                out = out if shortcut is None else out.add_(shortcut)
-                return out.relu_() if self.relu else out
+        conv = self.conv
+        shape = self._output_shape(x)
+        if len(x) == 0:
+            return x.new_empty(shape)
+        if conv is not None and x.shape[2:].numel() == 1:  # of pooled features, where packing costs more than it saves
+            return self._finish(conv(x), term)
+        if conv is not None:
             padding, stride, dilation, groups = self.arguments
-            weight = self.conv.weight.contiguous(memory_format=torch.channels_last).to_mkldnn()
+            weight = conv.weight.contiguous(memory_format=torch.channels_last).to_mkldnn()
             self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
                 weight, padding, stride, dilation, groups, list(x.shape)
             )
-            self.conv = None
+            self.conv = None  # last, so that another thread finds one of the two
         convolve = torch.ops.mkldnn._convolution_pointwise
         arguments = (self.packed, self.bias, *self.arguments)
-        if shortcut is None:
+        if term is None:
             return convolve(x, *arguments, "relu" if self.relu else "none", [], "")
-        shortcut = shortcut.contiguous(memory_format=torch.channels_last)
-        return convolve.binary(x, shortcut, *arguments, "add", 1.0, "relu" if self.relu else None, [], "")
+        if not isinstance(term, Tensor) or term.shape != shape or term.dtype != x.dtype:
+            return self._finish(convolve(x, *arguments, "none", [], ""), term)
+        term = term.contiguous(memory_format=torch.channels_last)
+        return convolve.binary(x, term, *arguments, "add", 1.0, "relu" if self.relu else None, [], "")
+
+    def _output_shape(self, x: Tensor) -> torch.Size:
+        padding, stride, dilation, _ = self.arguments
+        sizes = [
+            (size + 2 * int(pad) - gap * (kernel - 1) - 1) // step + 1
+            for size, pad, step, gap, kernel in zip(
+                x.shape[2:], padding, stride, dilation, self.kernel_size, strict=True
+            )
+        ]
+        return torch.Size((len(x), self.out_channels, *sizes))
+
+    def _finish(self, out: Tensor, term: Any) -> Tensor:
+        if term is not None:
+            out = out + term
+        return out.relu_() if self.relu else out
 
 
 class OneDNNLinear(nn.Module):
@@ -157,6 +178,8 @@ def _with_joined_relus(parent: nn.Module, shared: set[nn.Module], joined: set[nn
         if conv is not None:
             relus.append((node, conv))
         elif before.op == "call_function" and before.target is operator.add and len(before.users) == 1:
+            if before.args[0] is before.args[1]:
+                continue
             for term in before.args:
                 conv = convolution(term)
                 if conv is not None and conv is parent.get_submodule(term.target):

@@ -47,7 +47,7 @@ class RowRoIAlign(nn.Module):
             )
         rois = _convert_to_roi_format(boxes)
         height, width = self.output_size
-        out = levels[0].new_empty(len(rois), height, width, levels[0].shape[1])
+        out = levels[0].new_zeros(len(rois), height, width, levels[0].shape[1])  # of a box without a level: zeros
         level_of = pooler.map_levels(boxes) if len(levels) > 1 else rois.new_zeros(len(rois), dtype=torch.int64)
         for index, (level, scale) in enumerate(zip(levels, pooler.scales, strict=True)):
             (chosen,) = torch.where(level_of == index)

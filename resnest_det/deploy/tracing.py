@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from resnest_det.backbones.resnet import DeepStem
+from resnest_det.layers.fused import has_hooks
 
 
 class _LeafTracer(fx.Tracer):
@@ -22,17 +23,22 @@ class _LeafTracer(fx.Tracer):
 
 
 def own_graph(module: nn.Module) -> fx.Graph | None:
-    """The graph of a module's forward pass with a node for each call of a child; None where it cannot be traced."""
+    """The graph of a module's forward pass with a node for each call of a child; None where there is no one such graph.
+
+    That is where it cannot be traced, and where arguments have defaults, on which the way taken may depend.
+    """
     try:
-        return _LeafTracer().trace(module)
+        graph = _LeafTracer().trace(module)
     except Exception:  # tracing runs the module's own code with stand-ins for tensors: it may raise anything
         return None
+    return None if any(node.op == "placeholder" and node.args for node in graph.nodes) else graph
 
 
 def only_child(module: nn.Module, node: Any, kinds: tuple[type[nn.Module], ...]) -> nn.Module | None:
     """The child that a node calls, if it is of these kinds, called nowhere else in the graph, and read only once.
 
-    A Sequential stands for the last module in it.
+    A Sequential stands for the last module in it. A child with hooks is none: they may set its weights, as those of
+    pruning do.
     """
     if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
         return None
@@ -41,8 +47,10 @@ def only_child(module: nn.Module, node: Any, kinds: tuple[type[nn.Module], ...])
         return None
     child = module.get_submodule(str(node.target))
     while isinstance(child, nn.Sequential) and _runs_in_order(child) and len(child):
+        if has_hooks(child):
+            return None
         child = list(child)[-1]
-    return child if type(child) in kinds else None
+    return child if type(child) in kinds and not has_hooks(child) else None
 
 
 def _runs_in_order(module: nn.Sequential) -> bool:

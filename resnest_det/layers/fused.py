@@ -51,24 +51,25 @@ def plain_layers() -> Iterator[None]:
 
 def conv_norm_relu(x: Tensor, conv: nn.Module, norm: nn.Module, relu: nn.Module | None) -> Tensor:
     """`relu(norm(conv(x)))`, or `norm(conv(x))` where `relu` is None: in one pass where no gradient is wanted."""
-    if may_fuse(x, conv, norm, relu) and _folds(x, conv, norm):
+    if may_fuse(x, conv, norm, relu) and _folds(x, conv, norm) and (relu is None or type(relu) is nn.ReLU):
         return _folded_convolution(x, cast(nn.Conv2d, conv), norm, relu is not None)
     out = norm(conv(x))
     return out if relu is None else relu(out)
 
 
-def trains_fused(x: Tensor, convs: tuple[nn.Module, ...], norms: tuple[nn.Module, ...], *others: nn.Module) -> bool:
-    """Whether `norm_relu_conv`, `norm_add_relu` and `average_pool` take these modules, and gradients are wanted.
+def trains_fused(x: Tensor, convs: tuple[nn.Module, ...], norms: tuple[nn.Module, ...], *relus: nn.Module) -> bool:
+    """Whether `norm_relu_conv` and `norm_add_relu` take these modules, and gradients are wanted.
 
     Args:
         x: what goes into the first of them.
         convs: the convolutions.
         norms: the norms.
-        others: the other modules that will not be called.
+        relus: what stands between them.
     """
     return (
         torch.is_grad_enabled()
-        and may_fuse(x, *convs, *norms, *others)
+        and may_fuse(x, *convs, *norms, *relus)
+        and all(type(relu) is nn.ReLU for relu in relus)
         and all(is_plain_conv(conv) and conv.bias is None for conv in convs)
         and all(type(norm) in (nn.BatchNorm2d, FrozenBatchNorm2d) and _has_wide_tensors(norm) for norm in norms)
     )
@@ -92,7 +93,7 @@ def norm_add_relu(x: Tensor, norm: nn.Module, shortcut: Tensor) -> Tensor:
 
 def average_pool(x: Tensor, pool: nn.Module) -> Tensor:
     """`pool(x)`; of an AvgPool2d nothing is kept for the backward pass, where torch keeps `x`; where `trains_fused`."""
-    return _AveragePool.apply(x, pool) if type(pool) is nn.AvgPool2d else pool(x)
+    return _AveragePool.apply(x, pool) if type(pool) is nn.AvgPool2d and not has_hooks(pool) else pool(x)
 
 
 class NormedMaps(NamedTuple):
@@ -113,7 +114,7 @@ def normalise(x: Tensor, norm: nn.Module) -> NormedMaps:
     Raises:
         ValueError: the statistics of a batch would be of one value a channel.
     """
-    mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    mean, var = cast("Tensor | None", norm.running_mean), cast("Tensor | None", norm.running_var)
     of_batch, momentum = False, 0.0
     if isinstance(norm, nn.BatchNorm2d):
         of_batch = norm.training or mean is None
@@ -123,7 +124,9 @@ def normalise(x: Tensor, norm: nn.Module) -> NormedMaps:
                 f"no statistics: train on more or larger images, or with norm='frozen_bn' or 'gn'"
             )
         momentum = 0.0 if norm.momentum is None else norm.momentum
-        if norm.training and norm.num_batches_tracked is not None:
+        if norm.training and not norm.track_running_stats:
+            mean = var = None
+        elif norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
             if norm.momentum is None:  # a cumulative average
                 momentum = 1.0 / float(norm.num_batches_tracked)
@@ -133,6 +136,8 @@ def normalise(x: Tensor, norm: nn.Module) -> NormedMaps:
     )
     if of_batch:
         return NormedMaps(maps, batch_mean, inverse_std, True)
+    assert mean is not None
+    assert var is not None
     return NormedMaps(maps, mean.clone(), (var + eps).rsqrt(), False)
 
 
@@ -381,7 +386,8 @@ def onednn_convolution(x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv2d,
 @cache
 def has_fused_convolution() -> bool:
     """Whether this torch has that operator: it is not public, so a small convolution is computed in both ways."""
-    conv = nn.Conv2d(2, 3, 3)
+    with torch.device("meta"):  # without random numbers, which would change those of a run
+        conv = nn.Conv2d(2, 3, 3)
     x = torch.linspace(-1, 1, 50).reshape(1, 2, 5, 5)
     weight = torch.linspace(-1, 1, 54).reshape(3, 2, 3, 3)
     bias = torch.zeros(3)

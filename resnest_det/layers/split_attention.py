@@ -110,7 +110,9 @@ class SplitAttentionConv2d(nn.Module):
 
     def trains_fused(self, x: Tensor) -> bool:
         """Whether gradients are wanted whose backward pass is written here."""
-        return trains_fused(x, (self.conv,), (self.bn0,), self.relu)
+        # A hook on a parameter's gradient would run twice, within the attention's own backward pass and after it.
+        watched = any(parameter._backward_hooks for parameter in self._attention_parameters())
+        return not watched and trains_fused(x, (self.conv,), (self.bn0,), self.relu)
 
     def splits(self, maps: Tensor) -> list[Tensor]:
         """The splits of (N, radix * channels, H, W), as views."""
@@ -119,8 +121,10 @@ class SplitAttentionConv2d(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         """What follows the convolution, from its output (N, radix * channels, H', W'); where `trains_fused`."""
-        parameters = [*self.fc1.parameters(), *self.bn1.parameters(), *self.fc2.parameters()]
-        return _Attend.apply(x, self.bn0.weight, self.bn0.bias, self, *parameters)
+        return _Attend.apply(x, self.bn0.weight, self.bn0.bias, self, *self._attention_parameters())
+
+    def _attention_parameters(self) -> list[nn.Parameter]:
+        return [*self.fc1.parameters(), *self.bn1.parameters(), *self.fc2.parameters()]
 
     def needs_several_images(self) -> bool:
         """Whether bn1 takes its statistics from the images of this process's batch, so that one is too few."""

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -104,7 +105,29 @@ class Untraceable(nn.Module):
         return self.norm(self.conv(x)) if x.sum() > 0 else self.norm(x)
 
 
-@pytest.mark.parametrize("kind", [ReadTwice, RunTwice, Untraceable])
+class Pruned(nn.Sequential):
+    """A convolution whose weight is computed anew in every call."""
+
+    def __init__(self) -> None:
+        conv = nn.Conv2d(3, 4, 1)
+        nn.utils.prune.l1_unstructured(conv, "weight", amount=0.5)
+        super().__init__(conv, nn.BatchNorm2d(4))
+        with torch.no_grad():  # a weight with a history cannot be copied
+            self(torch.rand(2, 3, 4, 4))
+
+
+class OptionalShortcut(nn.Module):
+    """What it computes depends on whether an argument is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        return self.norm(self.conv(x)) + (x if shortcut is None else shortcut)
+
+
+@pytest.mark.parametrize("kind", [ReadTwice, RunTwice, Untraceable, Pruned, OptionalShortcut])
 def test_norms_whose_convolution_does_more_stay(kind: type[nn.Module]) -> None:
     model = randomise_norms(kind()).eval()
     folded = fold_batch_norms(model)
@@ -117,3 +140,12 @@ def test_a_folded_copy_can_be_trained_on_and_keeps_what_is_frozen() -> None:
     conv = nn.Conv2d(3, 4, 1).requires_grad_(False)
     folded = fold_batch_norms(nn.Sequential(conv, nn.BatchNorm2d(4)))
     assert [parameter.requires_grad for parameter in folded.parameters()] == [False, False]
+
+
+def test_two_convolutions_with_one_weight() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[2].weight = model[0].weight
+    randomise_norms(model).eval()
+    x = torch.rand(1, 3, 4, 4)
+    torch.testing.assert_close(fold_batch_norms(model)(x), model(x), rtol=1e-5, atol=1e-5)

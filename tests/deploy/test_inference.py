@@ -82,6 +82,53 @@ def test_deeplabv3plus() -> None:
         torch.testing.assert_close(optimize_for_inference(model)(x)["out"], expected, rtol=1e-5, atol=1e-5)
 
 
+class Root(nn.Module):
+    """ReLU and terms as users write them, in the root itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+        self.bias = nn.Parameter(torch.randn(1, 4, 1, 1))
+        self.first, self.second, self.third, self.fourth = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.conv(x) + x)
+        x = self.relu(self.first(x) + self.bias)
+        x = self.relu(self.second(x) + 1)
+        x = self.relu(self.third(x) + x.mean((2, 3), keepdim=True))
+        y = self.fourth(x)
+        return self.relu(y + y)
+
+
+class OptionalShortcut(nn.Module):
+    """timm's way of a block whose shortcut may be given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        if shortcut is None:
+            shortcut = x
+        out = self.relu(self.conv(x))
+        return self.relu(self.conv(out) + shortcut)
+
+
+@pytest.mark.parametrize("kind", [Root, OptionalShortcut])
+def test_what_users_write(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(2, 4, 6, 5)
+    with torch.inference_mode():
+        torch.testing.assert_close(optimize_for_inference(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_empty_batches() -> None:
+    fast = optimize_for_inference(nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), nn.ReLU()))
+    for _ in range(2):  # before and after packing
+        assert fast(torch.zeros(0, 4, 9, 7)).shape == (0, 6, 5, 4)
+        assert fast(torch.zeros(1, 4, 9, 7)).shape == (1, 6, 5, 4)
+
+
 def test_without_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy_inference, "has_fused_convolution", lambda: False)
     net = randomise_norms(create_backbone("resnest14", num_classes=5)).eval()

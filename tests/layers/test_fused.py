@@ -276,12 +276,108 @@ def test_hooks_in_a_block_are_called(child: str, training: bool) -> None:
     assert calls
 
 
-def test_every_block_of_the_package_takes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = create_backbone("resnest50_fast_2s1x64d")  # average pools before the 3x3
+@pytest.mark.parametrize("name", ["resnest14", "resnest50_fast_2s1x64d", "resnet50", "resnet18"])
+def test_every_block_takes_the_other_way(name: str) -> None:
+    net = create_backbone(name)
     blocks = [block for block in net.modules() if isinstance(block, (Bottleneck, BasicBlock))]
-    x = torch.randn(2, blocks[0].conv1.in_channels, 8, 8)
-    assert blocks[0]._trains_fused(x)
+    kinds: list[str] = []
+    for block in blocks:
+        x = torch.randn(2, block.conv1.in_channels, 8, 8)
+        functions, waiting = set(), [block(x).grad_fn]
+        while waiting:
+            node = waiting.pop()
+            functions.add(node.name())
+            waiting += [other for other, _ in node.next_functions if other is not None]
+        assert {"_NormAddReluBackward", "_NormReluConvBackward"} & functions == (
+            {"_NormAddReluBackward"}
+            if getattr(block, "avd_before", None)
+            else {"_NormAddReluBackward", "_NormReluConvBackward"}
+        )
+        kinds += functions
+        with plain_layers():
+            assert "_Norm" not in block(x).grad_fn.name()
+    assert ("_AveragePoolBackward" in kinds) == ("_AttendBackward" in kinds) == ("resnest" in name)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_another_activation_is_called(training: bool) -> None:
+    net = create_backbone("resnest14", num_classes=3).double().train(training)
+    for block in net.modules():
+        if isinstance(block, (Bottleneck, SplitAttentionConv2d)):
+            block.relu = nn.SiLU()
+    other = copy.deepcopy(net)
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    with torch.set_grad_enabled(training):
+        out = net(x)
+        with plain_layers():
+            torch.testing.assert_close(out, other(x))
+
+
+def test_a_hook_on_a_gradient_runs_once() -> None:
+    torch.manual_seed(0)
+    layer = SplitAttentionConv2d(4, 4).double()
+    other = copy.deepcopy(layer)
+    for own in (layer, other):
+        own.fc2.weight.register_hook(lambda grad: grad * 0.5)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    layer(x).square().sum().backward()
     with plain_layers():
-        assert not blocks[0]._trains_fused(x)
-    with torch.no_grad():
-        assert not blocks[0]._trains_fused(x)
+        other(x).square().sum().backward()
+    torch.testing.assert_close(layer.fc2.weight.grad, other.fc2.weight.grad)
+
+
+@pytest.mark.parametrize("built_without", [True, False])
+def test_statistics_that_are_not_tracked(built_without: bool) -> None:
+    ours = nn.BatchNorm2d(4, track_running_stats=not built_without).double()
+    ours.track_running_stats = False
+    before, expected = copy.deepcopy(ours.state_dict()), copy.deepcopy(ours)
+    x, conv = maps(2, 4, 3, 3), nn.Conv2d(4, 4, 1, bias=False).double()
+    for training in (True, False):
+        if not training and not built_without:
+            continue
+        ours.train(training), expected.train(training)
+        torch.testing.assert_close(norm_relu_conv(x, ours, conv), conv(expected(x).relu()))
+    torch.testing.assert_close(ours.state_dict(), before)
+
+
+@pytest.mark.parametrize("pool", ["layer2.0.avd_after", "layer2.0.downsample.0"])
+def test_hooks_on_pools_are_called(pool: str) -> None:
+    net = create_backbone("resnest14")
+    calls: list[int] = []
+    net.get_submodule(pool).register_forward_hook(lambda *_: calls.append(1))
+    net(torch.rand(2, 3, 64, 64))
+    assert calls == [1]
+
+
+def test_the_random_numbers_of_a_run_are_not_touched() -> None:
+    fused_layers.has_fused_convolution.cache_clear()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    fused_layers.has_fused_convolution()
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("plain_forward", [True, False])
+def test_a_recomputation_takes_the_way_of_its_forward_pass(plain_forward: bool) -> None:
+    torch.manual_seed(0)
+    net = create_backbone("resnest14", num_classes=3, checkpoint=True).double()
+    other = copy.deepcopy(net)
+    for stage in (other.layer1, other.layer2, other.layer3, other.layer4):
+        stage.checkpoint = False
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    for own in (net, other):
+        if plain_forward:
+            with plain_layers():
+                loss = own(x).square().sum()
+        else:
+            loss = own(x).square().sum()
+        loss.backward()
+    for own, expected in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(own.grad, expected.grad)
+
+
+def test_part_of_the_stem() -> None:
+    stem = create_backbone("resnest14").conv1
+    assert type(stem[:3]) is nn.Sequential
+    assert stem[:3](torch.rand(1, 3, 8, 8)).shape == (1, 32, 4, 4)
