@@ -24,6 +24,7 @@ from torchvision.ops import StochasticDepth
 from resnest_det.layers import NormLayer, SplitAttentionConv2d
 from resnest_det.layers.fused import (
     average_pool,
+    conv_norm_add_relu,
     conv_norm_relu,
     has_hooks,
     may_fuse,
@@ -97,7 +98,7 @@ class BasicBlock(nn.Module):
             out = norm_relu_conv(self.conv1(x), self.bn1, self.conv2)
             return _add_shortcut(self, x, out, self.bn2)
         out = conv_norm_relu(x, self.conv1, self.bn1, self.relu)
-        return _add_shortcut(self, x, conv_norm_relu(out, self.conv2, self.bn2, None))
+        return _add_shortcut(self, x, out, self.bn2, self.conv2)
 
 
 class Bottleneck(nn.Module):
@@ -175,7 +176,7 @@ class Bottleneck(nn.Module):
         out = self.conv2(out) if self.bn2 is None else conv_norm_relu(out, self.conv2, self.bn2, self.relu)
         if self.avd_after is not None:
             out = self.avd_after(out)
-        return _add_shortcut(self, x, conv_norm_relu(out, self.conv3, self.bn3, None))
+        return _add_shortcut(self, x, out, self.bn3, self.conv3)
 
     def _trains_fused(self, x: Tensor) -> bool:
         own = trains_fused(x, (self.conv1, self.conv3), (self.bn1, self.bn3), self.relu)
@@ -230,11 +231,22 @@ def _slot_module(slot: str, build: Callable[..., nn.Module], channels: int, **ar
     return module
 
 
-def _add_shortcut(block: Block, x: Tensor, out: Tensor, norm: nn.Module | None = None) -> Tensor:
-    """The end of every block: gate, stochastic depth, addition, ReLU; before them the norm, where it was left to do."""
+def _add_shortcut(
+    block: Block, x: Tensor, out: Tensor, norm: nn.Module | None = None, conv: nn.Module | None = None
+) -> Tensor:
+    """The end of every block: what is left of its last convolution and norm, gate, stochastic depth, addition, ReLU.
+
+    Where the norm is given and the convolution is not, the block trains fused.
+    """
     shortcut = x if block.downsample is None else _downsampled(block.downsample, x)
-    if norm is not None:
-        if block.gate is None and block.drop_path is None and shortcut.shape == out.shape:
+    joined = block.gate is None and block.drop_path is None
+    if conv is not None:
+        assert norm is not None
+        if joined:
+            return conv_norm_add_relu(out, conv, norm, shortcut, block.relu)
+        out = conv_norm_relu(out, conv, norm, None)
+    elif norm is not None:
+        if joined and shortcut.shape == out.shape:
             return norm_add_relu(out, norm, shortcut)
         out = norm(out)
     if block.gate is not None:

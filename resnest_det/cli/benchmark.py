@@ -108,6 +108,11 @@ def _run(arguments: argparse.Namespace) -> None:
 def _measure(arguments: argparse.Namespace) -> None:
     output: Path | None = arguments.output
     device, dtype = select_device(arguments.device), _DTYPES[arguments.dtype]
+    if arguments.optimize and device.type == "cpu" and dtype != torch.float32:
+        raise ValueError(
+            f"--dtype is {arguments.dtype}, and on the CPU --optimize computes in float32 whatever autocast says; "
+            f"leave one of them out"
+        )
     candidates = [own for name in arguments.models for own in _candidates(name, arguments, device, dtype)]
     machine = measure_machine(device, dtype) if device.type != "mps" else None
     measurements = measure(
@@ -147,7 +152,10 @@ def _candidates(name: str, arguments: argparse.Namespace, device: torch.device, 
     """A model in each of the forms and layouts asked for."""
     path = Path(name)
     if path.suffix == ".onnx":
-        return [Candidate(name, "NCHW", "classification", _onnx_model(path, device), None, None)]
+        runs = _onnx_model(path, device)
+        for number in (1, arguments.batch):
+            run_inference(runs, example_images("classification", number, arguments.size, "NCHW", device))
+        return [Candidate(name, "NCHW", "classification", runs, None, None)]
     is_run = path.exists() or path.suffix in (".pt", ".pth")
     model = Predictor.from_checkpoint(path, device="cpu").model if is_run else build_named(name, size=arguments.size)
     task = task_of(model)

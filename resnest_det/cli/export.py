@@ -23,7 +23,14 @@ from resnest_det.config import DetectionSettings
 from resnest_det.data.files import channels_first, read_rgb
 from resnest_det.data.image_search import find_images
 from resnest_det.data.sample import write_sample_dataset
-from resnest_det.deploy.export import Export, Images, NormalisedNetwork, export_onnx, export_program
+from resnest_det.deploy.export import (
+    Export,
+    Images,
+    NormalisedNetwork,
+    export_onnx,
+    export_program,
+    of_other_sizes,
+)
 from resnest_det.deploy.folding import fold_batch_norms
 from resnest_det.deploy.onnx_form import onnx_form
 from resnest_det.experiment import find_checkpoint
@@ -266,8 +273,8 @@ def _find_check_images(named: Sequence[str] | None, settings: Settings | None) -
 def _checks(images: Sequence[Tensor], task: str, fixed_size: Sequence[int] | None, *, as_bytes: bool) -> list[Images]:
     """The inputs that the file is tried on, of which the first is the example that it is made with.
 
-    A detector gets one image after the other, and the first one turned by 90 degrees: a second size. Other models get
-    a batch of one and a batch of all, at two sizes.
+    A detector gets one image after the other, and the first one turned by 90 degrees and once more stretched: other
+    sizes, even where all images are square. Other models get a batch of one and a batch of all, at two sizes.
     """
     if fixed_size is not None:
         if min(fixed_size) < 1:
@@ -278,7 +285,8 @@ def _checks(images: Sequence[Tensor], task: str, fixed_size: Sequence[int] | Non
     if not as_bytes:
         sized = [image.float() / 255 for image in sized]
     if task == "detection":
-        return [[image] for image in sized]
+        listed: list[Images] = [[image] for image in sized]
+        return listed if fixed_size is not None else [*listed, of_other_sizes(listed[0])]
     if fixed_size is not None:
         return [image[None] for image in sized]
     sizes = _CLASSIFIER_SIZES if task != "segmentation" else _bounded_sizes(sized[0])

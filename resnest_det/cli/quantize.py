@@ -194,13 +194,19 @@ def _trained(arguments: argparse.Namespace) -> _Subject:
         files = [train_set.image_path(place) for place in _spread(range(len(train_set)), arguments.num_images)]
     images: list[Tensor] = images_to_device([channels_first(read_rgb(file, 0, 0)) for file in files], _CPU)
     if isinstance(settings, DetectionSettings):
-        example: Tensor | list[Tensor] = images[:1]
+        example: Tensor | list[Tensor] = [_first_with_objects(predictor.model, images)]
         inputs, kind = images, str(settings.model.detector)
     else:
         inputs, kind = _seen(build_inference(settings.eval), images), "deeplabv3plus"
         example = inputs[0]
     name = f"{kind} on {settings.model.backbone}"
     return _Subject(name, checkpoint.name, predictor.class_names, predictor.model, example, inputs, measure)
+
+
+@torch.no_grad()
+def _first_with_objects(detector: nn.Module, images: Sequence[Tensor]) -> Tensor:
+    """The first image that the detector finds something in, by which its file can be checked; without one the first."""
+    return next((image for image in images if len(detector([image])[0]["boxes"])), images[0])
 
 
 def _spread(items: Sequence[Any], number: int) -> list[Any]:

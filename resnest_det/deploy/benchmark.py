@@ -421,10 +421,21 @@ class OnnxModel:
         if len(inputs) != 1 or len(inputs[0].shape) not in (3, 4):
             shapes = ", ".join(f"{own.name} {own.shape}" for own in inputs)
             raise ValueError(f"{path} has the inputs {shapes}; expected one, images (N, 3, H, W) or an image (3, H, W)")
-        self._name, self._takes_batches = inputs[0].name, len(inputs[0].shape) == 4
+        self._path, self._input, self._takes_batches = path, inputs[0], len(inputs[0].shape) == 4
 
     def __call__(self, images: Tensor) -> list[NDArray[Any]]:
-        """The file's outputs for images (N, 3, H, W); of the last one where it takes one at a time."""
+        """The file's outputs for images (N, 3, H, W); of the last one where it takes one at a time.
+
+        Raises:
+            ValueError: the file takes others, such as bytes, or one size only.
+        """
         array = images.contiguous().numpy()
         parts = [array] if self._takes_batches else list(array)
-        return [self._session.run(None, {self._name: part}) for part in parts][-1]
+        try:
+            return [self._session.run(None, {self._input.name: part}) for part in parts][-1]
+        except Exception as error:  # of a class of its own for each cause
+            raise ValueError(
+                f"{self._path} takes {self._input.type} {self._input.shape}, and does not run on {array.dtype} "
+                f"{parts[0].shape}; give images that it takes (--batch, --size), or export it without --uint8 and "
+                f"--fixed-size"
+            ) from error

@@ -359,7 +359,7 @@ def _check(
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance={tolerance} must be between 0 and 1, such as 1e-4")
     if checks is None:
-        checks = [example, _of_other_sizes(example)] if dynamic else [example]
+        checks = [example, of_other_sizes(example)] if dynamic else [example]
     if not checks:
         raise ValueError("checks is empty, and no file is written unchecked; give inputs, or None")
     done = []
@@ -369,9 +369,8 @@ def _check(
         try:
             given = run(images)
         except Exception as error:  # whatever the runtime raises, the file is not what was asked for
-            raise ValueError(
-                f"the exported model fails on images of {_sizes(images)}: {str(error).strip().splitlines()[0]}"
-            ) from error
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"the exported model fails on images of {_sizes(images)}: {said}") from error
         done.append(_compared(expected, given, images, tolerance))
     if not isinstance(example, Tensor) and not any(check.num_detections for check in done):
         raise ValueError(
@@ -488,8 +487,15 @@ def _longer_side(image: Tensor) -> int:
     return max(image.shape[-2], image.shape[-1])
 
 
-def _of_other_sizes(images: Images) -> Images:
-    """The images stretched, and of a batch one more of them."""
+def of_other_sizes(images: Images) -> Images:
+    """What a file for any size is tried on beside its example: the images stretched to another aspect ratio.
+
+    Args:
+        images: as export_onnx takes an example.
+
+    Returns:
+        The like, of other height and width, and of a batch one image more.
+    """
     if not isinstance(images, Tensor):
         return [_stretched(image[None])[0] for image in images]
     return _stretched(torch.cat([images, images[:1]]))

@@ -19,7 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from resnest_det.deploy.folding import fold_batch_norms
 from resnest_det.deploy.roi_align import RowRoIAlign
 from resnest_det.deploy.tracing import only_child, own_graph, shared_modules
-from resnest_det.layers.fused import has_fused_convolution, is_plain_conv
+from resnest_det.layers.fused import convolution_shape, has_fused_convolution, has_hooks, is_plain_conv
 
 _MANY_ROWS = 16  # from which oneDNN's linear layer was the faster one
 _MANY_SIZES = 256  # torch stops compiling after 8, and runs the ninth as it is written
@@ -76,13 +76,14 @@ class PackedConv2d(nn.Module):
         self.relu = relu
         self.arguments = (conv.padding, conv.stride, conv.dilation, conv.groups)
         self.out_channels, self.kernel_size = conv.out_channels, conv.kernel_size
+        self.padding, self.stride, self.dilation = cast(tuple[int, ...], conv.padding), conv.stride, conv.dilation
         self.packed: Tensor | None = None
 
     def forward(self, x: Tensor, term: Any = None) -> Tensor:
         """Convolve (N, in_channels, H, W), and add a term, such as a shortcut, before the ReLU."""
         x = x.contiguous(memory_format=torch.channels_last)
         conv = self.conv
-        shape = self._output_shape(x)
+        shape = convolution_shape(x, self)
         if len(x) == 0:
             return x.new_empty(shape)
         if conv is not None and x.shape[2:].numel() == 1:  # of pooled features, where packing costs more than it saves
@@ -102,16 +103,6 @@ class PackedConv2d(nn.Module):
             return self._finish(convolve(x, *arguments, "none", [], ""), term)
         term = term.contiguous(memory_format=torch.channels_last)
         return convolve.binary(x, term, *arguments, "add", 1.0, "relu" if self.relu else None, [], "")
-
-    def _output_shape(self, x: Tensor) -> torch.Size:
-        padding, stride, dilation, _ = self.arguments
-        sizes = [
-            (size + 2 * int(pad) - gap * (kernel - 1) - 1) // step + 1
-            for size, pad, step, gap, kernel in zip(
-                x.shape[2:], padding, stride, dilation, self.kernel_size, strict=True
-            )
-        ]
-        return torch.Size((len(x), self.out_channels, *sizes))
 
     def _finish(self, out: Tensor, term: Any) -> Tensor:
         if term is not None:
@@ -157,7 +148,7 @@ def _with_joined_relus(parent: nn.Module, shared: set[nn.Module], joined: set[nn
     It is the same object, or another that runs its graph; where nothing can be joined it is as it was.
     """
     graph = own_graph(parent)
-    if graph is None:
+    if graph is None or has_hooks(parent):
         return parent
     for node in list(graph.nodes):
         if node.op == "call_module" and type(parent.get_submodule(node.target)) is nn.Identity:
@@ -172,6 +163,8 @@ def _with_joined_relus(parent: nn.Module, shared: set[nn.Module], joined: set[nn
     additions: list[tuple[fx.Node, nn.Module, fx.Node]] = []
     for node in graph.nodes:
         if node.op != "call_module" or type(parent.get_submodule(node.target)) is not nn.ReLU:
+            continue
+        if has_hooks(parent.get_submodule(node.target)):
             continue
         before = node.args[0]
         conv = convolution(before)

@@ -38,10 +38,15 @@ def integer_form(model: nn.Module) -> nn.Module:
 
 
 def _can_be_cut(block: Bottleneck) -> bool:
-    """Whether the block is ResNeSt's, with its norms folded: a GroupNorm would see all the splits."""
+    """Whether the block is ResNeSt's as published, with its norms folded: one of another kind may see all splits."""
     layer = block.conv2
-    return isinstance(layer, SplitAttentionConv2d) and not any(
-        isinstance(norm, nn.modules.batchnorm._NormBase | nn.GroupNorm) for norm in (block.bn1, layer.bn0)
+    return (
+        isinstance(layer, SplitAttentionConv2d)
+        and type(block.relu) is type(layer.relu) is nn.ReLU
+        and all(
+            isinstance(norm, nn.Identity) and conv.bias is not None
+            for conv, norm in ((block.conv1, block.bn1), (layer.conv, layer.bn0))
+        )
     )
 
 

@@ -40,9 +40,11 @@ def _rewritten(module: nn.Module) -> nn.Module:
         return _SplitAttention(module)
     if isinstance(module, SelectiveKernelConv2d):
         return _SelectiveKernel(module)
+    if isinstance(module, (_SplitAttention, _SelectiveKernel)):
+        return module
     for name, child in module.named_children():
         setattr(module, name, _rewritten(child))
-    if isinstance(module, Bottleneck) and isinstance(module.conv2, _SplitAttention):
+    if isinstance(module, Bottleneck) and isinstance(module.conv2, _SplitAttention) and module.avd_after is not None:
         module.conv2.pool, module.avd_after = module.avd_after, None
     return module
 

@@ -362,4 +362,5 @@ def _session(model: str | bytes) -> Any:
 
 def _cosine(one: NDArray[Any], other: NDArray[Any]) -> float:
     a, b = (array.astype(np.float64).ravel() for array in (one, other))
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / norms) if norms > 0 else float(np.array_equal(a, b))

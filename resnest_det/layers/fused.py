@@ -57,6 +57,47 @@ def conv_norm_relu(x: Tensor, conv: nn.Module, norm: nn.Module, relu: nn.Module 
     return out if relu is None else relu(out)
 
 
+def conv_norm_add_relu(x: Tensor, conv: nn.Module, norm: nn.Module, shortcut: Tensor, relu: nn.Module) -> Tensor:
+    """`relu(norm(conv(x)) + shortcut)`, in one pass where no gradient is wanted and channels are last."""
+    if (
+        may_fuse(x, conv, norm, relu)
+        and _folds(x, conv, norm)
+        and type(relu) is nn.ReLU
+        and has_fused_convolution()
+        and type(shortcut) is Tensor
+        and shortcut.dtype == x.dtype
+        and shortcut.shape == convolution_shape(x, conv)
+        and all(maps.is_contiguous(memory_format=torch.channels_last) for maps in (x, shortcut))
+    ):
+        plain = cast(nn.Conv2d, conv)
+        weight, bias = _folded_weights(plain, norm)
+        arguments: tuple[Any, ...] = (
+            plain.padding,
+            plain.stride,
+            plain.dilation,
+            plain.groups,
+            "add",
+            1.0,
+            "relu",
+            [],
+            "",
+        )
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut, weight, bias, *arguments)
+    out = conv_norm_relu(x, conv, norm, None)
+    out += shortcut
+    return relu(out)
+
+
+def convolution_shape(x: Tensor, conv: Any) -> torch.Size:
+    """The shape of what a convolution, with a Conv2d's attributes and padded by numbers, makes of (N, C, H, W)."""
+    directions = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
+    sizes = [
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, padding, dilation, kernel, stride in directions
+    ]
+    return torch.Size((len(x), conv.out_channels, *sizes))
+
+
 def trains_fused(x: Tensor, convs: tuple[nn.Module, ...], norms: tuple[nn.Module, ...], *relus: nn.Module) -> bool:
     """Whether `norm_relu_conv` and `norm_add_relu` take these modules, and gradients are wanted.
 
@@ -69,6 +110,7 @@ def trains_fused(x: Tensor, convs: tuple[nn.Module, ...], norms: tuple[nn.Module
     return (
         torch.is_grad_enabled()
         and may_fuse(x, *convs, *norms, *relus)
+        and x.numel() > 0
         and all(type(relu) is nn.ReLU for relu in relus)
         and all(is_plain_conv(conv) and conv.bias is None for conv in convs)
         and all(type(norm) in (nn.BatchNorm2d, FrozenBatchNorm2d) and _has_wide_tensors(norm) for norm in norms)
@@ -357,23 +399,28 @@ def _folds(x: Tensor, conv: nn.Module, norm: nn.Module) -> bool:
         return False
     weight, stride = cast(Tensor, conv.weight), cast(tuple[int, int], conv.stride)
     pixels = x.shape[0] * x.shape[2:].numel() // (stride[0] * stride[1])
-    return x.ndim == 4 and x.shape[1] == conv.in_channels and weight[0].numel() <= pixels
+    return x.ndim == 4 and x.shape[1] == conv.in_channels and weight[0].numel() <= 2 * pixels
 
 
 def _folded_convolution(x: Tensor, conv: nn.Conv2d, norm: nn.Module, relu: bool) -> Tensor:
     """A convolution with a constant norm in its weights, and a ReLU behind it."""
+    weight, bias = _folded_weights(conv, norm)
+    if not has_fused_convolution():
+        out = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return out.relu_() if relu else out
+    return onednn_convolution(x, weight, bias, conv, relu)
+
+
+def _folded_weights(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The weight and bias of a convolution with a constant norm in them."""
     scale = (cast(Tensor, norm.running_var) + cast(float, norm.eps)).rsqrt()
     if norm.weight is not None:
         scale *= cast(Tensor, norm.weight)
     mean = cast(Tensor, norm.running_mean)
-    shift = (mean if conv.bias is None else mean - conv.bias) * -scale
+    bias = (mean if conv.bias is None else mean - conv.bias) * -scale
     if norm.bias is not None:
-        shift += cast(Tensor, norm.bias)
-    weight = conv.weight * scale[:, None, None, None]
-    if not has_fused_convolution():
-        out = F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return out.relu_() if relu else out
-    return onednn_convolution(x, weight, shift, conv, relu)
+        bias += cast(Tensor, norm.bias)
+    return conv.weight * scale[:, None, None, None], bias
 
 
 def onednn_convolution(x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv2d, relu: bool) -> Tensor:

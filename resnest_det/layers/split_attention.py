@@ -111,8 +111,9 @@ class SplitAttentionConv2d(nn.Module):
     def trains_fused(self, x: Tensor) -> bool:
         """Whether gradients are wanted whose backward pass is written here."""
         # A hook on a parameter's gradient would run twice, within the attention's own backward pass and after it.
-        watched = any(parameter._backward_hooks for parameter in self._attention_parameters())
-        return not watched and trains_fused(x, (self.conv,), (self.bn0,), self.relu)
+        return trains_fused(x, (self.conv,), (self.bn0,), self.relu) and not any(
+            parameter._backward_hooks for parameter in self._attention_parameters()
+        )
 
     def splits(self, maps: Tensor) -> list[Tensor]:
         """The splits of (N, radix * channels, H, W), as views."""

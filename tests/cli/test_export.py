@@ -16,6 +16,7 @@ from PIL import Image
 
 from resnest_det import create_backbone
 from resnest_det.cli import main
+from resnest_det.cli.export import _checks
 from resnest_det.data.sample import write_sample_dataset
 from resnest_det.predictor import Predictor
 from tests.test_predictor import GROUNDS, NAMES, pixels, write_run
@@ -65,8 +66,8 @@ def test_a_detector(detector: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr()
     assert printed.err == "faster_rcnn on resnet18, 3 classes; checked on 2 images of the run's validation set\n"
     lines = printed.out.splitlines()
-    assert len(lines) == 4  # the two images, the first one turned, and the file
-    for line in lines[:3]:
+    assert len(lines) == 5  # the two images, the first one turned and stretched, and the file
+    for line in lines[:4]:
         assert re.fullmatch(r"3x\d+x\d+: \d+ detections; largest differences: boxes \S+, scores \S+", line), line
     assert lines[-1].startswith(f"{path}, ")
 
@@ -87,6 +88,13 @@ def test_a_detector(detector: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     np.testing.assert_array_equal(labels, expected["labels"])
     np.testing.assert_allclose(scores, expected["scores"], atol=1e-5)
     assert scores.min() >= 0.3
+
+
+def test_a_detector_is_checked_at_other_sizes_of_square_images() -> None:
+    square = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    (image,), *others = _checks([square], "detection", None, as_bytes=False)
+    assert image.shape == square.shape
+    assert any(other.shape[1] != 64 != other.shape[2] for (other,) in others)
 
 
 def test_a_segmentation_model(segmenter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from resnest_det.backbones import create_backbone
 from resnest_det.build import build_coco_set, build_detector, build_mask_set, build_segmenter
 from resnest_det.cli import main
+from resnest_det.cli.quantize import _first_with_objects
 from resnest_det.config import settings_as_data
 from resnest_det.data.sample import write_sample_dataset
 from resnest_det.engine import save_checkpoint
@@ -72,13 +73,11 @@ def numbers(line: str) -> list[float]:
     return [float(text) for text in re.findall(r"-?\d+\.\d+", line)]
 
 
+@pytest.mark.slow  # docs/quantization.md has a quick one
 @pytest.mark.parametrize(
     ("detector", "num_integer", "num_last"),
     # ResNet-18, the pyramid, and the heads, on five levels, but for what gives scores and boxes
-    [
-        ("faster_rcnn", 20 + 8 + 5 + 2, 2 * 5 + 2),
-        pytest.param("retinanet", 20 + 8 + 8 * 5, 2 * 5, marks=pytest.mark.slow),
-    ],
+    [("faster_rcnn", 20 + 8 + 5 + 2, 2 * 5 + 2), ("retinanet", 20 + 8 + 8 * 5, 2 * 5)],
 )
 def test_detectors(
     detector: str, num_integer: int, num_last: int, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -96,6 +95,16 @@ def test_detectors(
     assert after - before == pytest.approx(change, abs=1.01e-4)
     assert numbers(lines["cosine"])[1] > 0.98
     assert printed.out.splitlines()[-1] == str(output)
+
+
+def test_a_detector_is_checked_on_an_image_with_objects() -> None:
+    class Lamp(torch.nn.Module):
+        def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+            return [{"boxes": torch.zeros(int(image.max()), 4)} for image in images]
+
+    dark, bright = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
+    assert _first_with_objects(Lamp(), [dark, bright]) is bright
+    assert _first_with_objects(Lamp(), [dark, dark.clone()]) is dark
 
 
 def test_a_segmentation_model(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -226,6 +226,10 @@ def test_mistaken_onnx_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     two = export(Sum(), tmp_path / "two.onnx", torch.rand(1, 3, 2, 2), torch.rand(1, 3, 2, 2))
     with pytest.raises(ValueError, match=r"has the inputs x0 .*, x1 .*; expected one"):
         OnnxModel(two)
+    single = OnnxModel(export(nn.ReLU(), tmp_path / "single.onnx", torch.rand(3, 8, 8)))
+    message = r"single.onnx takes tensor\(float\) \[3, 8, 8\], and does not run on float32 \(3, 9, 9\); .*--fixed-size"
+    with pytest.raises(ValueError, match=message):
+        single(torch.rand(2, 3, 9, 9))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ValueError, match=r"two.onnx needs onnxruntime, .* install resnest-det\[export\]"):
         OnnxModel(two)

@@ -243,6 +243,16 @@ def test_what_the_runtime_cannot_run(tmp_path: Path) -> None:
         export_onnx(Constant().eval(), tmp_path / "net.onnx", torch.rand(1, 3, 8, 8))
 
 
+def test_an_error_without_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def run(self, *_: object) -> None:
+            raise MemoryError
+
+    monkeypatch.setattr(export, "_session", lambda *_: Broken())
+    with pytest.raises(ValueError, match="the exported model fails on images of 1x3x8x8: MemoryError"):
+        export_onnx(Colours().eval(), tmp_path / "net.onnx", torch.rand(1, 3, 8, 8))
+
+
 def test_nan_is_a_difference(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="logits differ from the model's by nan"):
         export_onnx(Colours(float("nan")).eval(), tmp_path / "net.onnx", torch.rand(1, 3, 8, 8))

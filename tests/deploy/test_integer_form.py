@@ -16,7 +16,16 @@ from resnest_det.layers import SplitAttentionConv2d
 from tests.random_norms import randomise_norms
 
 
-def network(*, radix: int = 2, groups: int = 1, average_pool: Any = "after") -> nn.Module:
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of maps (N, C, H, W): one of a user's own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def network(
+    *, radix: int = 2, groups: int = 1, average_pool: Any = "after", norm_layer: Any = nn.BatchNorm2d
+) -> nn.Module:
     def split_attention(channels: int, *, stride: int, dilation: int, groups: int, norm_layer: Any) -> nn.Module:
         return SplitAttentionConv2d(
             channels,
@@ -38,6 +47,7 @@ def network(*, radix: int = 2, groups: int = 1, average_pool: Any = "after") -> 
         spatial_conv=split_attention,
         average_pool=average_pool,
         drop_path=0.2,
+        norm_layer=norm_layer,
     )
     return randomise_norms(net).eval()
 
@@ -87,3 +97,17 @@ def test_stages_of_an_extractor() -> None:
 def test_other_norms_keep_their_splits_together() -> None:
     form = assert_same(create_backbone("resnest14", num_classes=5, norm="gn").eval())
     assert any(isinstance(module, nn.Conv2d) and module.groups == 2 for module in form.modules())
+
+
+@pytest.mark.parametrize("norm_layer", [ChannelNorm, nn.Identity])
+def test_norms_of_ones_own(norm_layer: Any) -> None:
+    form = assert_same(network(norm_layer=norm_layer))
+    assert sum(isinstance(module, norm_layer) for module in form.modules()) > 10
+
+
+def test_another_activation() -> None:
+    net = network()
+    for block in net.modules():
+        if isinstance(block, Bottleneck):
+            block.relu = nn.SiLU()  # type: ignore[assignment]
+    assert_same(net)
