@@ -295,7 +295,7 @@ def test_every_block_takes_the_other_way(name: str) -> None:
         functions, waiting = set(), [block(x).grad_fn]
         while waiting:
             node = waiting.pop()
-            functions.add(node.name())
+            functions.add(type(node).__name__)
             waiting += [other for other, _ in node.next_functions if other is not None]
         assert {"_NormAddReluBackward", "_NormReluConvBackward"} & functions == (
             {"_NormAddReluBackward"}
@@ -304,7 +304,7 @@ def test_every_block_takes_the_other_way(name: str) -> None:
         )
         kinds += functions
         with plain_layers():
-            assert "_Norm" not in block(x).grad_fn.name()
+            assert "_Norm" not in type(block(x).grad_fn).__name__
     assert ("_AveragePoolBackward" in kinds) == ("_AttendBackward" in kinds) == ("resnest" in name)
 
 
