@@ -19,7 +19,13 @@ from torchvision.ops import MultiScaleRoIAlign
 from resnest_det.deploy.folding import fold_batch_norms
 from resnest_det.deploy.roi_align import RowRoIAlign
 from resnest_det.deploy.tracing import only_child, own_graph, shared_modules
-from resnest_det.layers.fused import convolution_shape, has_fused_convolution, has_hooks, is_plain_conv
+from resnest_det.layers.fused import (
+    convolution_shape,
+    has_fused_convolution,
+    has_hooks,
+    is_plain_conv,
+    onednn_convolution,
+)
 
 _MANY_ROWS = 16  # from which oneDNN's linear layer was the faster one
 _MANY_SIZES = 256  # torch stops compiling after 8, and runs the ninth as it is written
@@ -74,9 +80,8 @@ class PackedConv2d(nn.Module):
         self.conv: nn.Conv2d | None = conv
         self.bias = conv.bias
         self.relu = relu
-        self.arguments = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        self.out_channels, self.kernel_size = conv.out_channels, conv.kernel_size
-        self.padding, self.stride, self.dilation = cast(tuple[int, ...], conv.padding), conv.stride, conv.dilation
+        self.out_channels, self.kernel_size, self.groups = conv.out_channels, conv.kernel_size, conv.groups
+        self.padding, self.stride, self.dilation = conv.padding, conv.stride, conv.dilation
         self.packed: Tensor | None = None
 
     def forward(self, x: Tensor, term: Any = None) -> Tensor:
@@ -89,20 +94,18 @@ class PackedConv2d(nn.Module):
         if conv is not None and x.shape[2:].numel() == 1:  # of pooled features, where packing costs more than it saves
             return self._finish(conv(x), term)
         if conv is not None:
-            padding, stride, dilation, groups = self.arguments
             weight = conv.weight.contiguous(memory_format=torch.channels_last).to_mkldnn()
             self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
-                weight, padding, stride, dilation, groups, list(x.shape)
+                weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
             )
             self.conv = None  # last, so that another thread finds one of the two
-        convolve = torch.ops.mkldnn._convolution_pointwise
-        arguments = (self.packed, self.bias, *self.arguments)
+        packed = cast(Tensor, self.packed)
         if term is None:
-            return convolve(x, *arguments, "relu" if self.relu else "none", [], "")
+            return onednn_convolution(x, packed, self.bias, self, relu=self.relu)
         if not isinstance(term, Tensor) or term.shape != shape or term.dtype != x.dtype:
-            return self._finish(convolve(x, *arguments, "none", [], ""), term)
+            return self._finish(onednn_convolution(x, packed, self.bias, self, relu=False), term)
         term = term.contiguous(memory_format=torch.channels_last)
-        return convolve.binary(x, term, *arguments, "add", 1.0, "relu" if self.relu else None, [], "")
+        return onednn_convolution(x, packed, self.bias, self, relu=self.relu, term=term)
 
     def _finish(self, out: Tensor, term: Any) -> Tensor:
         if term is not None:

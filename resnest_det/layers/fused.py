@@ -69,20 +69,8 @@ def conv_norm_add_relu(x: Tensor, conv: nn.Module, norm: nn.Module, shortcut: Te
         and shortcut.shape == convolution_shape(x, conv)
         and all(maps.is_contiguous(memory_format=torch.channels_last) for maps in (x, shortcut))
     ):
-        plain = cast(nn.Conv2d, conv)
-        weight, bias = _folded_weights(plain, norm)
-        arguments: tuple[Any, ...] = (
-            plain.padding,
-            plain.stride,
-            plain.dilation,
-            plain.groups,
-            "add",
-            1.0,
-            "relu",
-            [],
-            "",
-        )
-        return torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut, weight, bias, *arguments)
+        weight, bias = _folded_weights(cast(nn.Conv2d, conv), norm)
+        return onednn_convolution(x, weight, bias, conv, relu=True, term=shortcut)
     out = conv_norm_relu(x, conv, norm, None)
     out += shortcut
     return relu(out)
@@ -408,7 +396,7 @@ def _folded_convolution(x: Tensor, conv: nn.Conv2d, norm: nn.Module, relu: bool)
     if not has_fused_convolution():
         out = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return out.relu_() if relu else out
-    return onednn_convolution(x, weight, bias, conv, relu)
+    return onednn_convolution(x, weight, bias, conv, relu=relu)
 
 
 def _folded_weights(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -423,11 +411,24 @@ def _folded_weights(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return conv.weight * scale[:, None, None, None], bias
 
 
-def onednn_convolution(x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv2d, relu: bool) -> Tensor:
-    """oneDNN's convolution with a ReLU in the same pass, by the operator that torch.compile uses on the CPU."""
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, "relu" if relu else "none", [], ""
-    )
+def onednn_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Any, *, relu: bool, term: Tensor | None = None
+) -> Tensor:
+    """oneDNN's convolution, and in the same pass an addition and a ReLU, by torch.compile's operators on the CPU.
+
+    Args:
+        x: (N, in_channels, H, W).
+        weight: the weight, as it is or packed.
+        bias: the bias.
+        conv: what has a Conv2d's attributes: stride, padding, dilation and groups are read.
+        relu: whether a ReLU ends it.
+        term: what is added before the ReLU, of the output's shape, type and layout.
+    """
+    operator = torch.ops.mkldnn._convolution_pointwise
+    arguments = (weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    if term is None:
+        return operator(x, *arguments, "relu" if relu else "none", [], "")
+    return operator.binary(x, term, *arguments, "add", 1.0, "relu" if relu else None, [], "")
 
 
 @cache
@@ -439,7 +440,7 @@ def has_fused_convolution() -> bool:
     weight = torch.linspace(-1, 1, 54).reshape(3, 2, 3, 3)
     bias = torch.zeros(3)
     try:
-        out = onednn_convolution(x, weight, bias, conv, True)
+        out = onednn_convolution(x, weight, bias, conv, relu=True)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError):
         return False
     return torch.allclose(out, F.conv2d(x, weight, bias).relu(), atol=1e-5)
