@@ -76,6 +76,9 @@ class RunSettings(Section):
     compile: bool = Field(
         False, description="Compile the backbone with torch.compile: a slow first step, then faster ones."
     )
+    triton: bool = Field(
+        False, description="Run ResNeSt's split attention by Triton kernels, which need a CUDA device."
+    )
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp",
         description="What each of several processes holds: the whole model (DistributedDataParallel), or its shards of "

@@ -63,7 +63,7 @@ from resnest_det.engine import (
 from resnest_det.engine.interruption import StopSignals
 from resnest_det.engine.journal import Hook, load_hook
 from resnest_det.engine.tensorboard import TensorBoard
-from resnest_det.layers import describe_norms, norm_warnings
+from resnest_det.layers import describe_norms, norm_warnings, use_triton
 from resnest_det.reports import note_end, note_evaluation, note_start, write_run_report
 from resnest_det.reports.page import write_whole
 from resnest_det.visualize import draw_curves
@@ -241,18 +241,36 @@ def place_model(
     """The model on its device, its weights laid out and its backbone compiled as the settings say.
 
     Raises:
-        ValueError: the backbone is to be compiled and its activations to be computed again.
+        ValueError: the backbone is to be compiled and its activations to be computed again; or Triton's kernels are
+            wanted where nothing would take them.
     """
     if settings.run.compile and settings.model.checkpoint_activations:
         raise ValueError(
             "run.compile=true and model.checkpoint_activations=true do not go together: what is computed again keeps "
             "its statistics apart, which compiled code cannot do; use one of them"
         )
+    if settings.run.triton:
+        _check_triton(settings, device)
+        use_triton(model)
     model.to(device).to(memory_format=torch.channels_last if settings.run.channels_last else torch.contiguous_format)
     if settings.run.compile:
         assert isinstance(model.backbone, nn.Module)
         model.backbone.compile()
     return model
+
+
+def _check_triton(settings: DetectionSettings | SegmentationSettings, device: torch.device) -> None:
+    for is_against, what, fix in (
+        (device.type != "cuda", f"the device is {device}", "run.device=cuda"),
+        (settings.run.compile, "run.compile=true, which makes kernels itself", "run.compile=false"),
+        (
+            settings.model.norm not in ("bn", "frozen_bn"),
+            f"model.norm={settings.model.norm}, which they do not compute",
+            "model.norm=bn or frozen_bn",
+        ),
+    ):
+        if is_against:
+            raise ValueError(f"run.triton=true, and {what}: use {fix}, or run.triton=false")
 
 
 def load_initial_weights(model: nn.Module, init: str, class_names: dict[int, str]) -> None:

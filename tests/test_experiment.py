@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from resnest_det import experiment
-from resnest_det.experiment import run_report, run_script
+from resnest_det import create_backbone, experiment
+from resnest_det.config import DetectionSettings, load_settings
+from resnest_det.experiment import place_model, run_report, run_script
 from resnest_det.reports import note_start, write_examples
 from tests.reports.pages import read_page
 from tests.reports.run_folders import CPU, write_detection_run
@@ -133,3 +136,19 @@ def test_examples_are_replaced_when_a_run_is_measured_again(run: Path) -> None:
     with run_report(run, []):
         pass
     assert "Of 1 images the mean is 0.500" in read_page(run / "report.html").text
+
+
+@pytest.mark.parametrize(
+    ("override", "device", "message"),
+    [
+        ("model.norm='bn'", "cpu", "the device is cpu: use run.device=cuda"),
+        ("run.compile=true", "cuda", "run.compile=true, which makes kernels itself"),
+        ("model.norm='gn'", "cuda", "model.norm=gn, which they do not compute: use model.norm=bn or frozen_bn"),
+        ("model.backbone='resnet18'", "cuda", "no split attention"),
+    ],
+)
+def test_triton_where_nothing_would_take_it(override: str, device: str, message: str) -> None:
+    settings = load_settings(DetectionSettings, Path("configs/det/sample.toml"), ["run.triton=true", override])
+    model = nn.ModuleDict({"backbone": create_backbone(settings.model.backbone)})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        place_model(model, settings, torch.device(device))

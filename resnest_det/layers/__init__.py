@@ -13,7 +13,7 @@ from resnest_det.layers.norm import (
     pooled_group_norm,
 )
 from resnest_det.layers.selective_kernel import SelectiveKernelConv2d
-from resnest_det.layers.split_attention import SplitAttentionConv2d
+from resnest_det.layers.split_attention import SplitAttentionConv2d, use_triton
 from resnest_det.layers.squeeze_excitation import SqueezeExcitation
 from resnest_det.layers.sync_batch_norm import SyncBatchNorm
 
@@ -34,4 +34,5 @@ __all__ = [
     "norm_warnings",
     "plain_layers",
     "pooled_group_norm",
+    "use_triton",
 ]

@@ -101,7 +101,7 @@ def trains_fused(x: Tensor, convs: tuple[nn.Module, ...], norms: tuple[nn.Module
         and x.numel() > 0
         and all(type(relu) is nn.ReLU for relu in relus)
         and all(is_plain_conv(conv) and conv.bias is None for conv in convs)
-        and all(type(norm) in (nn.BatchNorm2d, FrozenBatchNorm2d) and _has_wide_tensors(norm) for norm in norms)
+        and all(map(is_known_norm, norms))
     )
 
 
@@ -144,22 +144,7 @@ def normalise(x: Tensor, norm: nn.Module) -> NormedMaps:
     Raises:
         ValueError: the statistics of a batch would be of one value a channel.
     """
-    mean, var = cast("Tensor | None", norm.running_mean), cast("Tensor | None", norm.running_var)
-    of_batch, momentum = False, 0.0
-    if isinstance(norm, nn.BatchNorm2d):
-        of_batch = norm.training or mean is None
-        if of_batch and x.numel() == x.shape[1]:
-            raise ValueError(
-                f"the input of a BatchNorm2d has the shape {tuple(x.shape)}, one value a channel, of which there are "
-                f"no statistics: train on more or larger images, or with norm='frozen_bn' or 'gn'"
-            )
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        if norm.training and not norm.track_running_stats:
-            mean = var = None
-        elif norm.training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if norm.momentum is None:  # a cumulative average
-                momentum = 1.0 / float(norm.num_batches_tracked)
+    mean, var, of_batch, momentum = _count_batch(norm, x)
     eps = cast(float, norm.eps)
     maps, batch_mean, inverse_std = torch.native_batch_norm(
         x, cast(Tensor, norm.weight), cast(Tensor, norm.bias), mean, var, of_batch, momentum, eps
@@ -169,6 +154,48 @@ def normalise(x: Tensor, norm: nn.Module) -> NormedMaps:
     assert mean is not None
     assert var is not None
     return NormedMaps(maps, mean.clone(), (var + eps).rsqrt(), False)
+
+
+def norm_statistics(x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor, bool]:
+    """The statistics that `normalise` would return, without the maps; it counts the batch in the same way.
+
+    Returns:
+        Mean and inverse standard deviation of each channel, and whether they are the batch's.
+
+    Raises:
+        ValueError: the statistics of a batch would be of one value a channel.
+    """
+    mean, var, of_batch, momentum = _count_batch(norm, x)
+    if of_batch:
+        mean, var = torch.batch_norm_update_stats(x, mean, var, momentum)
+    assert mean is not None
+    assert var is not None
+    return mean if of_batch else mean.clone(), (var + cast(float, norm.eps)).rsqrt(), of_batch
+
+
+def _count_batch(norm: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None, bool, float]:
+    """Count a batch that a norm is about to see.
+
+    Returns:
+        The running mean and variance to be moved or used, whether the batch's statistics normalise, and the momentum.
+    """
+    mean, var = cast("Tensor | None", norm.running_mean), cast("Tensor | None", norm.running_var)
+    if not isinstance(norm, nn.BatchNorm2d):
+        return mean, var, False, 0.0
+    of_batch = norm.training or mean is None
+    if of_batch and x.numel() == x.shape[1]:
+        raise ValueError(
+            f"the input of a BatchNorm2d has the shape {tuple(x.shape)}, one value a channel, of which there are "
+            f"no statistics: train on more or larger images, or with norm='frozen_bn' or 'gn'"
+        )
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and not norm.track_running_stats:
+        mean = var = None
+    elif norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # a cumulative average
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return mean, var, of_batch, momentum
 
 
 def normalise_again(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor) -> Tensor:
@@ -336,11 +363,11 @@ class _AveragePool(Function):
         return _aten.avg_pool2d_backward(grad, like_input, *ctx.arguments), None
 
 
-def may_fuse(x: Tensor, *modules: nn.Module | None) -> bool:
-    """Whether modules need not be called: `x` is an ordinary tensor on the CPU, and nothing traces or watches."""
+def may_fuse(x: Tensor, *modules: nn.Module | None, device: str = "cpu") -> bool:
+    """Whether modules need not be called: `x` is an ordinary tensor on the device, and nothing traces or watches."""
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.device.type == device
         and not _plain.get()
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
@@ -368,8 +395,10 @@ def is_plain_conv(module: nn.Module) -> bool:
     return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
-def _has_wide_tensors(norm: nn.Module) -> bool:
-    """Whether the norm's own tensors hold statistics well enough to compute from them again."""
+def is_known_norm(norm: nn.Module) -> bool:
+    """Whether a norm is torch's own, with tensors that hold statistics well enough to compute from them again."""
+    if type(norm) not in (nn.BatchNorm2d, FrozenBatchNorm2d):
+        return False
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return all(tensor is None or tensor.dtype in (torch.float32, torch.float64) for tensor in tensors)
 

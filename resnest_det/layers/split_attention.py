@@ -11,19 +11,30 @@ What differs from the reference:
 - a width of the attention that `groups` does not divide is rounded up to a multiple of `groups`, where the
   reference fails. No published network needs it;
 - in training, where `fused.trains_fused` says so, the backward pass is written by hand: of the full-size maps it keeps
-  bn0's input alone, where autograd keeps bn0's input and output, and a sum or product for each split.
+  bn0's input alone, where autograd keeps bn0's input and output, and a sum or product for each split;
+- on CUDA, after `use_triton`, what follows the convolution runs in kernels of our own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from resnest_det.layers.fused import conv_norm_relu, norm_relu_backward, normalise, normalise_again, trains_fused
+from resnest_det.layers.fused import (
+    conv_norm_relu,
+    is_known_norm,
+    may_fuse,
+    norm_relu_backward,
+    norm_statistics,
+    normalise,
+    normalise_again,
+    trains_fused,
+)
 from resnest_det.layers.norm import NormLayer, check_pooled_batch, uses_batch_statistics
 from resnest_det.layers.selection import select_softly, selection_shares, weighted_sum
 
@@ -56,7 +67,12 @@ class SplitAttentionConv2d(nn.Module):
     Raises:
         ValueError: radix or groups out of range, channels that do not divide; or, in the forward pass, one
             image while bn1 trains as BatchNorm: over one value there are no statistics.
+
+    Attributes:
+        triton: whether Triton kernels are wanted on CUDA, see `use_triton`.
     """
+
+    triton = False
 
     def __init__(
         self,
@@ -104,15 +120,29 @@ class SplitAttentionConv2d(nn.Module):
         """Convolve and attend: (N, in_channels, H, W) to (N, channels, H', W')."""
         if self.trains_fused(x):
             return self.attend(self.conv(x))
+        if self.triton and self._kernels_take(x):
+            return self._attend_in_kernels(self.conv(x))
         maps = conv_norm_relu(x, self.conv, self.bn0, self.relu)  # (N, radix * channels, H', W')
         logits = self.attention_logits(maps.mean((2, 3), keepdim=True))
         return select_softly(self.splits(maps), logits)
 
     def trains_fused(self, x: Tensor) -> bool:
         """Whether gradients are wanted whose backward pass is written here."""
-        # A hook on a parameter's gradient would run twice, within the attention's own backward pass and after it.
-        return trains_fused(x, (self.conv,), (self.bn0,), self.relu) and not any(
-            parameter._backward_hooks for parameter in self._attention_parameters()
+        return trains_fused(x, (self.conv,), (self.bn0,), self.relu) and not self._has_gradient_hooks()
+
+    def _has_gradient_hooks(self) -> bool:
+        """Whether hooks would run twice: within the attention's own backward pass, and after it."""
+        return any(parameter._backward_hooks for parameter in self._attention_parameters())
+
+    def _kernels_take(self, x: Tensor) -> bool:
+        return (
+            may_fuse(x, self.bn0, self.relu, device="cuda")
+            and is_known_norm(self.bn0)
+            and type(self.relu) is nn.ReLU
+            and not self._has_gradient_hooks()
+            # Offsets within an image are 32 bits wide.
+            and x.numel() > 0
+            and x.shape[2:].numel() * self.conv.out_channels < 2**30
         )
 
     def splits(self, maps: Tensor) -> list[Tensor]:
@@ -123,6 +153,18 @@ class SplitAttentionConv2d(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """What follows the convolution, from its output (N, radix * channels, H', W'); where `trains_fused`."""
         return _Attend.apply(x, self.bn0.weight, self.bn0.bias, self, *self._attention_parameters())
+
+    def _attend_in_kernels(self, x: Tensor) -> Tensor:
+        """The same where `_kernels_take` the convolution's input."""
+        if torch.is_grad_enabled():
+            return _AttendInKernels.apply(x, self.bn0.weight, self.bn0.bias, self, *self._attention_parameters())
+        from resnest_det.layers.attention_kernels import channel_norm, pool_maps, sum_splits
+
+        mean, inverse_std, _ = norm_statistics(x, self.bn0)
+        weight, bias = cast("Tensor | None", self.bn0.weight), cast("Tensor | None", self.bn0.bias)
+        norm = channel_norm(mean, inverse_std, weight, bias)
+        logits = self.attention_logits(pool_maps(x, norm).to(x.dtype))
+        return sum_splits(x, norm, selection_shares(logits, self.radix))
 
     def _attention_parameters(self) -> list[nn.Parameter]:
         return [*self.fc1.parameters(), *self.bn1.parameters(), *self.fc2.parameters()]
@@ -141,11 +183,7 @@ class SplitAttentionConv2d(nn.Module):
 
 
 class _Attend(Function):
-    """bn0 -> ReLU -> pool -> attention -> weighted sum of the splits, of which bn0's input is kept.
-
-    The attention itself is small: autograd records it within the forward pass, and goes back through it within the
-    backward pass, so that it may be of any norm.
-    """
+    """bn0 -> ReLU -> pool -> attention -> weighted sum of the splits, of which bn0's input is kept."""
 
     @staticmethod
     def forward(
@@ -157,37 +195,26 @@ class _Attend(Function):
         *parameters: Tensor,
     ) -> Tensor:
         maps, mean, inverse_std, ctx.of_batch = normalise(x, layer.bn0)
-        pooled = maps.relu_().mean((2, 3), keepdim=True)
-        # Kept as they are: activation checkpointing would compute the block again for this small graph alone.
-        as_they_are = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
-        with torch.enable_grad(), as_they_are:
-            logits = layer.attention_logits(pooled.requires_grad_())
-            shares = selection_shares(logits, layer.radix)  # (N, radix, channels)
-        ctx.attention = pooled, shares
+        ctx.attention = _RecordedAttention(layer, maps.relu_().mean((2, 3), keepdim=True))
         ctx.save_for_backward(x, weight, bias, mean, inverse_std, *parameters)
-        return weighted_sum(layer.splits(maps), shares.detach())
+        return weighted_sum(layer.splits(maps), ctx.attention.shares.detach())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, inverse_std, *parameters = ctx.saved_tensors
-        pooled, shares = ctx.attention
         maps = normalise_again(x, weight, bias, mean, inverse_std)
+        shares = ctx.attention.shares.detach()
         splits = maps.chunk(shares.shape[1], dim=1)
         buffer = torch.empty_like(grad)
         grad_shares = torch.stack([torch.mul(grad, split, out=buffer).sum((2, 3)) for split in splits], dim=1)
-        wanted = [parameter for parameter in parameters if parameter.requires_grad]
-        grad_pooled, *found = torch.autograd.grad(
-            shares, [pooled, *wanted], grad_shares.to(shares.dtype), retain_graph=True, allow_unused=True
-        )
-        of_wanted = iter(found)
-        grad_parameters = [next(of_wanted) if parameter.requires_grad else None for parameter in parameters]
+        grad_pooled, grad_parameters = ctx.attention.backward(grad_shares, parameters)
 
         # A split's gradient is the output's by its share, and what its average over the image is given.
         grad_mean = (grad_pooled / maps.shape[2:].numel()).chunk(len(splits), dim=1)
         grad_maps = torch.empty_like(maps)
         for index, target in enumerate(grad_maps.chunk(len(splits), dim=1)):
-            share = shares.detach()[:, index, :, None, None].to(grad.dtype)
+            share = shares[:, index, :, None, None].to(grad.dtype)
             torch.addcmul(grad_mean[index], grad, share, out=target)
         grads = norm_relu_backward(
             grad_maps,
@@ -200,3 +227,108 @@ class _Attend(Function):
             wanted=ctx.needs_input_grad[:3],
         )
         return *grads, None, *grad_parameters
+
+
+class _AttendInKernels(Function):
+    """The same, in the kernels for CUDA."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        layer: SplitAttentionConv2d,
+        *parameters: Tensor,
+    ) -> Tensor:
+        from resnest_det.layers.attention_kernels import channel_norm, pool_maps, sum_splits
+
+        mean, inverse_std, ctx.of_batch = norm_statistics(x, layer.bn0)
+        norm = channel_norm(mean, inverse_std, weight, bias)
+        ctx.attention = _RecordedAttention(layer, pool_maps(x, norm).to(x.dtype))
+        ctx.save_for_backward(x, weight, bias, mean, inverse_std, *parameters)
+        return sum_splits(x, norm, ctx.attention.shares.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from resnest_det.layers.attention_kernels import channel_norm, input_gradient, sum_gradients
+
+        x, weight, bias, mean, inverse_std, *parameters = ctx.saved_tensors
+        norm = channel_norm(mean, inverse_std, weight, bias)
+        shares = ctx.attention.shares.detach().to(mean.dtype)
+        sums = sum_gradients(x, norm, grad)
+        grad_shares = (sums.grad_by_input * norm.weight + sums.grad * norm.bias).view_as(shares)
+        grad_pooled, grad_parameters = ctx.attention.backward(grad_shares, parameters)
+
+        # What a split is given: the output's gradient by its share, and a part of its average's, the same everywhere.
+        pixels = x.shape[2:].numel()
+        share, grad_mean = shares.flatten(1), grad_pooled.flatten(1).to(mean.dtype) / pixels
+        grad_bias = (share * sums.grad + grad_mean * sums.ones).sum(0)
+        grad_weight = (share * sums.grad_by_input + grad_mean * sums.input).sum(0)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            values = len(x) * pixels if ctx.of_batch else torch.inf
+            grad_x = input_gradient(x, norm, grad, shares, grad_mean, (grad_bias / values, grad_weight / values))
+        of_norm = [
+            found.to(parameter.dtype) if parameter is not None and wanted else None
+            for found, parameter, wanted in zip(
+                (grad_weight, grad_bias), (weight, bias), ctx.needs_input_grad[1:3], strict=True
+            )
+        ]
+        return grad_x, *of_norm, None, *grad_parameters
+
+
+class _RecordedAttention:
+    """The shares that pooled maps get, and the way back from them.
+
+    The attention itself is small: autograd records it within the forward pass, and goes back through it within the
+    backward pass, so that it may be of any norm.
+
+    Attributes:
+        shares: (N, radix, channels).
+    """
+
+    def __init__(self, layer: SplitAttentionConv2d, pooled: Tensor) -> None:
+        # Kept as they are: activation checkpointing would compute the block again for this small graph alone.
+        as_they_are = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
+        with torch.enable_grad(), as_they_are:
+            self._pooled = pooled.requires_grad_()
+            self.shares = selection_shares(layer.attention_logits(pooled), layer.radix)
+
+    def backward(self, grad_shares: Tensor, parameters: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """The gradients of the pooled maps, and of those parameters that are trained."""
+        wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        grad_pooled, *found = torch.autograd.grad(
+            self.shares,
+            [self._pooled, *wanted],
+            grad_shares.to(self.shares.dtype),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        of_wanted = iter(found)
+        return grad_pooled, [next(of_wanted) if parameter.requires_grad else None for parameter in parameters]
+
+
+def use_triton(model: nn.Module, enabled: bool = True) -> None:
+    """Have the split attention of a model run by Triton kernels on CUDA, or by torch's operators again.
+
+    On other devices, compiled, exported, and where a norm or ReLU is not torch's own (synchronised statistics) or has
+    hooks, a layer runs as before. The kernels read the convolution's output twice in the forward pass, besides bn0's
+    statistics, and twice in the backward pass, for which they keep nothing else of its size. They are checked against
+    torch's operators in Triton's interpreter, and have been timed on no GPU: that is why they have to be asked for.
+
+    Args:
+        model: any model; its layers are changed in place.
+        enabled: whether they are to.
+
+    Raises:
+        ValueError: the package triton is not installed, or the model has no split attention.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SplitAttentionConv2d)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no split attention that kernels could run: pass a ResNeSt")
+    if enabled and find_spec("triton") is None:
+        raise ValueError("the kernels need the package triton, which is not installed: install triton")
+    for layer in layers:
+        layer.triton = enabled

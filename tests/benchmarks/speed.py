@@ -46,6 +46,7 @@ from resnest_det import create_backbone
 from resnest_det.deploy.benchmark import MEMORY_FORMATS, OnnxModel, compile_frozen, interleaved, spread
 from resnest_det.deploy.profiling import allocated_memory, count_operations
 from resnest_det.deploy.roofline import least_seconds, measure_machine
+from resnest_det.layers import use_triton
 from resnest_det.models import deeplabv3plus, faster_rcnn
 from resnest_det.visualize.benchmark import draw_times
 from tests.benchmarks.activation_checkpointing import SavedBytes
@@ -489,18 +490,20 @@ def gpu(options: Options) -> Section:
     """A training step on a GPU: bf16 autocast, 32 images of 512 x 512."""
     if not torch.cuda.is_available():
         raise MissingError("there is no CUDA device")
-    nets = {OURS: our_net(options), TIMM: timm_net(options)}
+    nets = {OURS: our_net(options), f"{OURS}, Triton": our_net(options), TIMM: timm_net(options)}
+    use_triton(nets[f"{OURS}, Triton"])
     runs = {}
     for name, net in nets.items():
         for layout, form in MEMORY_FORMATS.items():
             images = example(32, 512, layout, "cuda")
             own = deepcopy(net).train().to("cuda", memory_format=form)
             runs[name, layout] = partial(autocast_step, own, images)
-            runs[f"{name}, compiled", layout] = partial(autocast_step, torch.compile(deepcopy(own)), images)
+            if "Triton" not in name:
+                runs[f"{name}, compiled", layout] = partial(autocast_step, torch.compile(deepcopy(own)), images)
     seconds = interleaved({"|".join(key): run for key, run in runs.items()}, rounds=options.rounds, device="cuda")
     ways = [Way(*key, seconds["|".join(key)]) for key in runs]
     title = f"{options.backbone} training step, {torch.cuda.get_device_name()}, bf16 autocast, batch 32, 512 x 512"
-    ours = OURS, f"{OURS}, compiled"
+    ours = OURS, f"{OURS}, Triton", f"{OURS}, compiled"
     goals = [Goal(f"{title}, beside timm eager", ours, (TIMM,), 1.5)]
     goals.append(Goal(f"{title}, beside timm compiled", ours, (f"{TIMM}, compiled",), 1.15))
     return Section(title, ways, goals)
