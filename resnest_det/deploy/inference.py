@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torchvision.ops import MultiScaleRoIAlign
 
 from resnest_det.deploy.folding import fold_batch_norms
-from resnest_det.deploy.roi_align import RowRoIAlign
 from resnest_det.deploy.tracing import only_child, own_graph, shared_modules
 from resnest_det.layers.fused import (
     convolution_shape,
@@ -26,6 +25,7 @@ from resnest_det.layers.fused import (
     is_plain_conv,
     onednn_convolution,
 )
+from resnest_det.models import RowRoIAlign
 
 _MANY_ROWS = 16  # from which oneDNN's linear layer was the faster one
 _MANY_SIZES = 256  # torch stops compiling after 8, and runs the ninth as it is written
@@ -214,7 +214,13 @@ def _pack(model: nn.Module, joined: set[nn.Module], packed: dict[nn.Module, nn.M
             elif type(child) is nn.Linear:
                 packed[child] = OneDNNLinear(child)
             elif type(child) is MultiScaleRoIAlign and cast(int, child.sampling_ratio) > 0:
-                packed[child] = RowRoIAlign(child)
+                packed[child] = RowRoIAlign(
+                    child.featmap_names,
+                    child.output_size,
+                    child.sampling_ratio,
+                    canonical_scale=child.canonical_scale,
+                    canonical_level=child.canonical_level,
+                )
             else:
                 _pack(child, joined, packed)
                 continue

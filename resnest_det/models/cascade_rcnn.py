@@ -31,7 +31,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import maskrcnn_inference, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
 from resnest_det.layers import NormName
 from resnest_det.models.regions import (
@@ -45,6 +45,7 @@ from resnest_det.models.regions import (
     make_box_head,
     make_mask_head,
     make_mask_predictor,
+    make_region_pool,
     make_rpn_head,
     pyramid_channels,
 )
@@ -150,7 +151,7 @@ def cascade_rcnn(
         nms_thresh=0.7,
     )
     roi_heads = CascadeRoIHeads(
-        box_roi_pool=_region_pool(BOX_REGION_SIZE),
+        box_roi_pool=make_region_pool(BOX_REGION_SIZE),
         box_heads=[make_box_head(box_head, channels, box_head_channels, box_head_norm) for _ in stage_ious],
         box_predictors=[ClassAgnosticPredictor(box_head_channels, num_classes) for _ in stage_ious],
         stage_ious=stage_ious,
@@ -158,7 +159,7 @@ def cascade_rcnn(
         score_threshold=score_threshold,
         nms_threshold=nms_threshold,
         detections_per_image=detections_per_image,
-        mask_roi_pool=_region_pool(MASK_REGION_SIZE) if masks else None,
+        mask_roi_pool=make_region_pool(MASK_REGION_SIZE) if masks else None,
         mask_head=make_mask_head(channels, mask_head_channels, mask_head_norm) if masks else None,
         mask_predictor=make_mask_predictor(mask_head_channels, num_classes) if masks else None,
     )
@@ -166,10 +167,6 @@ def cascade_rcnn(
         min_size, max_size, list(image_mean), list(image_std), _skip_resize=not resize_in_training
     )
     return CascadeRCNN(pyramid, rpn, roi_heads, transform)
-
-
-def _region_pool(size: int) -> MultiScaleRoIAlign:
-    return MultiScaleRoIAlign(featmap_names=["0", "1", "2", "3"], output_size=size, sampling_ratio=2)
 
 
 class ClassAgnosticPredictor(nn.Module):

@@ -14,6 +14,7 @@ from torchvision.models.detection import FasterRCNN
 
 from resnest_det.layers import NormName
 from resnest_det.models.regions import (
+    BOX_REGION_SIZE,
     BoxHead,
     anchor_generator,
     check_box_head,
@@ -21,6 +22,7 @@ from resnest_det.models.regions import (
     feature_pyramid,
     make_box_head,
     make_box_predictor,
+    make_region_pool,
     make_rpn_head,
     pyramid_channels,
 )
@@ -105,6 +107,7 @@ def faster_rcnn(
         max_size=max_size,
         image_mean=list(image_mean),
         image_std=list(image_std),
+        box_roi_pool=make_region_pool(BOX_REGION_SIZE),
         box_head=make_box_head(box_head, channels, box_head_channels, box_head_norm),
         box_predictor=make_box_predictor(box_head_channels, num_classes),
         rpn_anchor_generator=anchors,

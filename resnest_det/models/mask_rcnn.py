@@ -14,6 +14,8 @@ from torchvision.models.detection import MaskRCNN
 
 from resnest_det.layers import NormName
 from resnest_det.models.regions import (
+    BOX_REGION_SIZE,
+    MASK_REGION_SIZE,
     BoxHead,
     anchor_generator,
     check_box_head,
@@ -23,6 +25,7 @@ from resnest_det.models.regions import (
     make_box_predictor,
     make_mask_head,
     make_mask_predictor,
+    make_region_pool,
     make_rpn_head,
     pyramid_channels,
 )
@@ -104,8 +107,10 @@ def mask_rcnn(
         max_size=max_size,
         image_mean=list(image_mean),
         image_std=list(image_std),
+        box_roi_pool=make_region_pool(BOX_REGION_SIZE),
         box_head=make_box_head(box_head, channels, box_head_channels, box_head_norm),
         box_predictor=make_box_predictor(box_head_channels, num_classes),
+        mask_roi_pool=make_region_pool(MASK_REGION_SIZE),
         mask_head=make_mask_head(channels, mask_head_channels, mask_head_norm),
         mask_predictor=make_mask_predictor(mask_head_channels, num_classes),
         rpn_anchor_generator=anchors,

@@ -24,6 +24,7 @@ from resnest_det.backbones import STAGES, fpn_backbone
 from resnest_det.backbones.stages import ExtraLevel
 from resnest_det.distributed import any_process
 from resnest_det.layers import NormName, SyncBatchNorm, norm_layer
+from resnest_det.models.roi_align import RowRoIAlign
 
 BoxHead = Literal["2fc", "4conv1fc"]
 PyramidTop = Literal["p5", "c5"]
@@ -200,6 +201,11 @@ def make_rpn_head(channels: int, anchors: AnchorGenerator, num_convolutions: int
         raise ValueError(f"rpn_convolutions={num_convolutions} must be 1 or more")
     head = RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=num_convolutions)
     return with_float32_outputs(head)
+
+
+def make_region_pool(size: int) -> RowRoIAlign:
+    """What a head of `size` x `size` features sees of a region of the pyramid, as torchvision's detectors take it."""
+    return RowRoIAlign(featmap_names=["0", "1", "2", "3"], output_size=size, sampling_ratio=2)
 
 
 def make_box_predictor(in_channels: int, num_classes: int) -> FastRCNNPredictor:

@@ -7,14 +7,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops import MultiScaleRoIAlign
 
 from resnest_det import create_backbone
 from resnest_det.deploy import inference as deploy_inference
 from resnest_det.deploy import optimize_for_inference
 from resnest_det.deploy.inference import OneDNNLinear, PackedConv2d
-from resnest_det.deploy.roi_align import RowRoIAlign, roi_align_by_rows
-from resnest_det.models import deeplabv3plus, faster_rcnn, fcos, mask_rcnn, retinanet
+from resnest_det.models import RowRoIAlign, deeplabv3plus, faster_rcnn, fcos, mask_rcnn, retinanet
 from tests.random_norms import randomise_norms
 
 NETWORKS = ["resnest14", "resnest50_fast_4s2x40d", "resnest50_fast_1s1x64d", "sk_resnet50", "cbam_resnet18"]
@@ -69,7 +68,6 @@ def test_detectors(build: object) -> None:
         if "masks" in ours:
             torch.testing.assert_close(ours["masks"], theirs["masks"][alike.int().argmax(1)], rtol=1e-3, atol=1e-3)
     if build is faster_rcnn:
-        assert isinstance(fast.roi_heads.box_roi_pool, RowRoIAlign)
         assert isinstance(fast.roi_heads.box_head.fc6, OneDNNLinear)
 
 
@@ -158,40 +156,10 @@ def test_compiled() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
-# RoIAlign.
-
-
-@pytest.mark.parametrize("sampling_ratio", [1, 2, 3])
-@pytest.mark.parametrize("output_size", [(7, 7), (3, 5)])
-@pytest.mark.parametrize("scale", [0.25, 1.0])
-def test_rows_give_what_torchvision_gives(sampling_ratio: int, output_size: tuple[int, int], scale: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2, 8, 12, 15, generator=generator, dtype=torch.float64)
-    # Inside, over each border, far outside, without extent, and turned inside out.
-    corners = torch.rand(200, 4, generator=generator, dtype=torch.float64) * 30 / scale - 8 / scale
-    corners[:10, 2:] = corners[:10, :2]
-    corners[10:12] = torch.tensor([[0, 0, 15, 12], [-1, -1, 16, 13]]) / scale
-    rois = torch.cat([torch.arange(200)[:, None] % 2, corners], 1)
-    expected = roi_align(features, rois, output_size, scale, sampling_ratio)
-    own = roi_align_by_rows(features, rois, scale, output_size, sampling_ratio)
-    torch.testing.assert_close(own.permute(0, 3, 1, 2), expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("levels", [["0"], ["0", "1", "2"]])
-def test_levels_as_torchvision_chooses_them(levels: list[str]) -> None:
-    torch.manual_seed(0)
-    pooler = MultiScaleRoIAlign(levels, 7, 2)
-    features = {name: torch.randn(2, 8, 64 // 2**index, 64 // 2**index) for index, name in enumerate(levels)}
-    features["pool"] = torch.randn(2, 8, 4, 4)
-    corners = torch.rand(2, 60, 2) * 200
-    boxes = [torch.cat([low, low + size], 1) for low, size in zip(corners, torch.rand(2, 60, 1) * 250, strict=True)]
-    boxes[1] = boxes[1][:0]
-    sizes = [(256, 256), (256, 250)]
-    own = RowRoIAlign(pooler)(features, boxes, sizes)
-    torch.testing.assert_close(own, pooler(features, boxes, sizes), rtol=1e-5, atol=1e-4)
-
-
-def test_no_boxes() -> None:
-    pooler = RowRoIAlign(MultiScaleRoIAlign(["0"], 7, 2))
-    out = pooler({"0": torch.randn(1, 8, 16, 16)}, [torch.zeros(0, 4)], [(64, 64)])
-    assert out.shape == (0, 8, 7, 7)
+def test_regions_of_torchvisions_own_detectors_are_pooled_by_rows() -> None:
+    pool = MultiScaleRoIAlign(["0", "1"], (3, 5), 2, canonical_scale=112, canonical_level=3)
+    fast = optimize_for_inference(nn.ModuleDict({"pool": pool}))
+    assert isinstance(fast, nn.ModuleDict)
+    assert isinstance(fast["pool"], RowRoIAlign)
+    assert repr(fast["pool"]).replace("RowRoIAlign", "MultiScaleRoIAlign") == repr(pool)
+    assert (fast["pool"].canonical_scale, fast["pool"].canonical_level) == (112, 3)

@@ -21,6 +21,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou, nms, roi_align
 from resnest_det import create_backbone
 from resnest_det.data import CocoDetection
 from resnest_det.data.sample import write_sample_dataset
+from resnest_det.models import RowRoIAlign
 from resnest_det.models.cascade_rcnn import CascadeRoIHeads, ClassAgnosticPredictor, cascade_rcnn
 
 SMALL = {
@@ -362,8 +363,9 @@ def test_masks_and_proposals_are_those_of_torchvision() -> None:
     ):
         assert attrgetter(name)(ours.roi_heads) == attrgetter(name)(theirs.roi_heads), name
     assert repr(ours.transform) == repr(theirs.transform)
-    assert repr(ours.roi_heads.box_roi_pool) == repr(theirs.roi_heads.box_roi_pool)
-    assert repr(ours.roi_heads.mask_roi_pool) == repr(theirs.roi_heads.mask_roi_pool)
+    for name in ("box_roi_pool", "mask_roi_pool"):
+        assert isinstance(getattr(ours.roi_heads, name), RowRoIAlign)
+        assert vars(getattr(ours.roi_heads, name)) == vars(getattr(theirs.roi_heads, name))
 
 
 # ------------------------------------------------------------------------------------- heads whose outputs are known

@@ -1,58 +1,69 @@
-"""RoIAlign for inference on the CPU: each value as a weighted sum of rows of the feature map.
+"""RoIAlign on the CPU: each value as a weighted sum of rows of the feature map.
 
 Paper: He et al., "Mask R-CNN", arXiv 1703.06870.
-Reference implementation: torchvision's `roi_align` with aligned=False, and its MultiScaleRoIAlign, whose values these
-are up to rounding. What differs is how they are computed: with the channels last, a position of the feature map is a
-row; a bin is the sum of the four rows around each of its samples by their bilinear weights; and torch's embedding bag
-sums rows by weights quickly, where `roi_align` goes through every channel's plane for each sample.
+Reference implementation: torchvision's `roi_align` with aligned=False, and its MultiScaleRoIAlign, whose values and
+gradients these are up to rounding. What differs is how they are computed: with the channels last, a position of the
+feature map is a row; a bin is the sum of the four rows around each of its samples by their bilinear weights; and
+torch's embedding bag sums rows by weights quickly, where `roi_align` visits every channel's plane for each sample.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import _convert_to_roi_format, _filter_input, _setup_scales
 
+from resnest_det.layers.fused import may_fuse
 
-class RowRoIAlign(nn.Module):
-    """MultiScaleRoIAlign by rows, for float32 on the CPU without gradients.
 
-    Args:
-        pooler: torchvision's, with a sampling ratio of 1 or more.
+class RowRoIAlign(MultiScaleRoIAlign):
+    """torchvision's MultiScaleRoIAlign, by rows where it is on the CPU in float32 or float64.
+
+    On other devices, traced, compiled, in 16 bits, and without a sampling ratio it is torchvision's. Its arguments are
+    torchvision's.
+
+    Shape:
+        A dict of levels, each (N, C, H, W), for each image (M, 4) boxes xyxy in pixels, and the images' sizes, to
+        (boxes of all images, C, height, width).
     """
 
-    def __init__(self, pooler: MultiScaleRoIAlign) -> None:
-        super().__init__()
-        self.pooler = pooler
-        self.output_size = pooler.output_size
+    scales: list[float] | None
+    map_levels: Callable[[list[Tensor]], Tensor] | None
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Pool each box from the level that its size assigns it to, as torchvision's.
-
-        Args:
-            x: the levels of a pyramid, each (N, C, H, W).
-            boxes: of each image, (M, 4) xyxy in pixels.
-            image_shapes: height and width of each image.
-
-        Returns:
-            (boxes of all images, C, height, width), channels last.
-        """
-        pooler = self.pooler
-        levels = _filter_input(x, pooler.featmap_names)
-        if pooler.scales is None or pooler.map_levels is None:
-            pooler.scales, pooler.map_levels = _setup_scales(
-                levels, image_shapes, pooler.canonical_scale, pooler.canonical_level
+        """Pool each box from the level that its size assigns it to."""
+        levels = _filter_input(x, self.featmap_names)
+        if not (
+            self.sampling_ratio > 0
+            and levels
+            and all(may_fuse(level) and level.dtype in (torch.float32, torch.float64) for level in levels)
+        ):
+            return super().forward(x, boxes, image_shapes)
+        if self.scales is None or self.map_levels is None:
+            self.scales, self.map_levels = _setup_scales(
+                levels, image_shapes, self.canonical_scale, self.canonical_level
             )
         rois = _convert_to_roi_format(boxes)
         height, width = self.output_size
         out = levels[0].new_zeros(len(rois), height, width, levels[0].shape[1])  # of a box without a level: zeros
-        level_of = pooler.map_levels(boxes) if len(levels) > 1 else rois.new_zeros(len(rois), dtype=torch.int64)
-        for index, (level, scale) in enumerate(zip(levels, pooler.scales, strict=True)):
+        level_of = self.map_levels(boxes) if len(levels) > 1 else rois.new_zeros(len(rois), dtype=torch.int64)
+        for index, (level, scale) in enumerate(zip(levels, self.scales, strict=True)):
             (chosen,) = torch.where(level_of == index)
-            out[chosen] = roi_align_by_rows(level, rois[chosen], scale, (height, width), pooler.sampling_ratio)
+            out[chosen] = _pooled(level, rois[chosen], scale, (height, width), self.sampling_ratio)
         return out.permute(0, 3, 1, 2)
+
+
+def _pooled(features: Tensor, rois: Tensor, scale: float, output_size: tuple[int, int], sampling_ratio: int) -> Tensor:
+    """One level, in the way that is quicker there."""
+    is_last = features.is_contiguous(memory_format=torch.channels_last)
+    # To lay out a large map anew costs more than a few boxes do.
+    if not is_last and len(rois) * output_size[0] * output_size[1] * 16 < features.shape[2:].numel():
+        return roi_align(features, rois, output_size, scale, sampling_ratio).permute(0, 2, 3, 1)
+    return roi_align_by_rows(features, rois, scale, output_size, sampling_ratio)
 
 
 def roi_align_by_rows(
@@ -71,7 +82,8 @@ def roi_align_by_rows(
         (M, height, width, C).
     """
     _, channels, height, width = features.shape
-    rows = features.permute(0, 2, 3, 1).reshape(-1, channels)
+    rows = features.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, channels)
+    rois = rois.detach()  # as in the reference, boxes have no gradient
     left, top, right, bottom = (rois[:, 1:] * scale).unbind(1)
     y, y_weights = _samples(top, bottom, output_size[0], sampling_ratio, height)
     x, x_weights = _samples(left, right, output_size[1], sampling_ratio, width)
