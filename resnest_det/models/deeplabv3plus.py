@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from resnest_det.backbones import freeze_stages, stage_extractor
 from resnest_det.layers import NormLayer, NormName, norm_layer
-from resnest_det.layers.fused import may_fuse
+from resnest_det.layers.fused import conv_norm_relu, may_fuse
 from resnest_det.models.segmentation_loss import SegmentationLoss
 
 _ASPP_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # by the stride of layer4; the paper's
@@ -64,11 +64,11 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the branches and project them."""
-        features = [branch(x) for branch in self.branches]
+        features = [_run(branch, x) for branch in self.branches]
         pooled = self.pooling(x.mean((2, 3), keepdim=True))  # (N, channels, 1, 1)
         # Not expanded: cat takes an expanded tensor for NCHW, and would turn channels_last features back.
         features.append(torch.zeros_like(features[0]) + pooled)
-        return self.dropout(self.project(torch.cat(features, dim=1)))
+        return self.dropout(_run(self.project, torch.cat(features, dim=1)))
 
 
 class DeepLabV3Plus(nn.Module):
@@ -138,9 +138,9 @@ class DeepLabV3Plus(nn.Module):
             raise ValueError("masks are for training, and the model is in evaluation: leave them out, or model.train()")
         masks = None if masks is None else _mask_batch(masks, images)
         features = self.backbone((images - self.image_mean) / self.image_std)
-        low_level = self.low_level(features["layer1"])
+        low_level = _run(self.low_level, features["layer1"])
         x = _resize(self.aspp(features["layer4"]), low_level)
-        x = self.decoder(torch.cat([x, low_level], dim=1))
+        x = _run(self.decoder, torch.cat([x, low_level], dim=1))
         outputs = {"out": _full_size_logits(self.classifier(x), images)}
         if self.aux_head is not None and self.training:
             outputs["aux"] = _full_size_logits(self.aux_head(features["layer3"]), images)
@@ -299,6 +299,18 @@ def _conv3x3_norm_relu(
         _conv_norm_relu(in_channels, in_channels, 3, norm_layer, dilation=dilation, groups=in_channels),
         _conv_norm_relu(in_channels, channels, 1, norm_layer),
     )
+
+
+def _run(part: nn.Module, x: Tensor) -> Tensor:
+    """Run a part, of which each convolution, norm and ReLU in as few passes as they may take."""
+    if type(part) is not nn.Sequential or not may_fuse(x, part):
+        return part(x)
+    if isinstance(part[0], nn.Conv2d):
+        conv, norm, relu = part
+        return conv_norm_relu(x, conv, norm, relu)
+    for child in part:
+        x = _run(child, x)
+    return x
 
 
 def _fcn_head(in_channels: int, num_classes: int, dropout: float, norm_layer: NormLayer) -> nn.Sequential:
