@@ -144,6 +144,7 @@ def export_onnx(
             or the file would give something else than the model. Nothing is written then.
     """
     path = _checked_path(path, ".onnx")
+    _check_tolerance(tolerance)
     if opset not in OPSETS:
         raise ValueError(
             f"opset={opset} must be {OPSETS[0]} to {OPSETS[-1]}, which torch's exporter of detectors writes"
@@ -219,6 +220,7 @@ def export_program(
             torch.export stops.
     """
     path = _checked_path(path, ".pt2")
+    _check_tolerance(tolerance)
     if not isinstance(example, Tensor):
         raise ValueError(
             "the model is a detector, which torch.export does not take: how many boxes are left depends on the image, "
@@ -356,8 +358,6 @@ def _check(
     Raises:
         ValueError: they differ, or nothing was compared.
     """
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance={tolerance} must be between 0 and 1, such as 1e-4")
     if checks is None:
         checks = [example, of_other_sizes(example)] if dynamic else [example]
     if not checks:
@@ -377,6 +377,11 @@ def _check(
             "the model found nothing in the images of the check, so that nothing was compared; give images with objects"
         )
     return tuple(done)
+
+
+def _check_tolerance(tolerance: float) -> None:
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance={tolerance} must be between 0 and 1, such as 1e-4")
 
 
 def _expected(model: nn.Module, images: Images) -> Outputs:

@@ -153,8 +153,8 @@ def test_features_as_a_program(weights: Path, tmp_path: Path, capsys: pytest.Cap
         (["RUN", "--output", "det.pt2", "--format", "onnx"], "det.pt2 must end in .onnx for --format onnx"),
         (["RUN", "--output", "det.pt2"], "is a detector, which torch.export does not take"),
         (["RUN", "--output", "nowhere/det.onnx"], "there is no folder nowhere"),
-        (["RUN", "--output", "det.onnx", "--weights", "imagenet"], "--weights is for --backbone"),
-        (["RUN", "--output", "det.onnx", "--features", "layer4"], "--features is for --backbone"),
+        (["RUN", "--output", "det.onnx", "--weights", "imagenet"], "--weights is for --backbone, and a checkpoint has"),
+        (["RUN", "--output", "det.onnx", "--features", "layer4"], "--features is for --backbone, and a checkpoint's"),
         (
             ["RUN", "--output", "det.onnx", "--backbone", "resnet18"],
             "--backbone resnet18 are named; export one of them",
@@ -167,6 +167,18 @@ def test_features_as_a_program(weights: Path, tmp_path: Path, capsys: pytest.Cap
         (
             ["--output", "net.onnx", "--backbone", "resnet18", "--weights", "W", "--score-threshold", "0.5"],
             "--score-threshold is for a checkpoint, and --backbone resnet18 is none",
+        ),
+        (
+            ["--output", "net.onnx", "--backbone", "resnet18", "--weights", "W", "--config", "C"],
+            "--config is for a checkpoint, and --backbone resnet18 is none; leave it out",
+        ),
+        (
+            ["--output", "net.pt2", "--backbone", "resnet18", "--weights", "W", "--opset", "17"],
+            "--opset is ONNX's, and net.pt2 is a program of torch.export; leave it out",
+        ),
+        (
+            ["--output=n.onnx", "--backbone", "resnet18", "--weights", "W", "--features", "layer4", "--classes", "C"],
+            "--classes names a classifier's outputs, and --features has none; leave it out",
         ),
         (["nowhere", "--output", "det.onnx"], "there is no run folder or checkpoint nowhere"),
     ],
@@ -183,6 +195,11 @@ def test_mistakes(
     assert run(*(detector if word == "RUN" else word for word in words)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_a_segmentation_model(segmenter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(segmenter, "--output", tmp_path / "seg.onnx", "--score-threshold", 0.3) == 2
+    assert "score_threshold is 0.3, and a segmentation model gives every pixel a class" in capsys.readouterr().err
 
 
 def test_a_tolerance_that_no_file_reaches(segmenter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
