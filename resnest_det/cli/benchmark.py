@@ -25,7 +25,6 @@ from resnest_det.deploy.benchmark import (
     Images,
     Layout,
     Measurement,
-    OnnxModel,
     compile_frozen,
     example_images,
     many_compilations,
@@ -36,6 +35,7 @@ from resnest_det.deploy.benchmark import (
 )
 from resnest_det.deploy.inference import optimize_for_inference
 from resnest_det.deploy.named_models import build_named, is_ours
+from resnest_det.deploy.onnx_model import OnnxModel
 from resnest_det.deploy.profiling import ModuleTime, module_times
 from resnest_det.deploy.roofline import Machine, measure_machine
 from resnest_det.distributed import select_device
@@ -206,7 +206,7 @@ def _module_times(
     found = {}
     for own in candidates:
         net = own.inference
-        if isinstance(net, nn.Module) and not own.name.endswith("compiled"):
+        if own.model is not None and isinstance(net, nn.Module) and not own.name.endswith("compiled"):
             images = example_images(own.task, 1, arguments.size, own.layout, device)
             times = module_times(net.eval(), partial(run_inference, net, images, dtype), device=device)
             found[f"{own.name}, {own.layout}"] = sorted(times, key=lambda time: -time.own_seconds)

@@ -32,9 +32,10 @@ from resnest_det.data import eval_loader
 from resnest_det.data.files import channels_first, read_rgb
 from resnest_det.data.image_search import find_images
 from resnest_det.deploy.benchmark import interleaved, spread
-from resnest_det.deploy.export import NormalisedNetwork, export_onnx
+from resnest_det.deploy.export import NormalisedNetwork, checked_output, export_onnx
 from resnest_det.deploy.integer_form import integer_form
-from resnest_det.deploy.quantization import CalibrationMethod, OnnxModule, cosine_similarities, quantize_onnx
+from resnest_det.deploy.onnx_model import OnnxModel
+from resnest_det.deploy.quantization import CalibrationMethod, cosine_similarities, quantize_onnx
 from resnest_det.distributed import images_to_device
 from resnest_det.engine import check_class_names
 from resnest_det.evaluation import MeanIoU, SegmentationInference, evaluate
@@ -102,7 +103,7 @@ class _Subject:
     model: nn.Module
     example: Tensor | list[Tensor]  # what the model is exported with
     inputs: list[Tensor]  # for calibration, as the model takes them: (3, H, W) of a detector, else (1, 3, H, W)
-    evaluate: Callable[[OnnxModule], dict[str, float]] | None
+    evaluate: Callable[[OnnxModel], dict[str, float]] | None
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -122,16 +123,16 @@ def _run(arguments: argparse.Namespace) -> None:
                 "class_names": json.dumps(subject.class_names, ensure_ascii=False),
             },
         )
-        model = OnnxModule(exported)
-        inputs = [model.as_input(image) for image in subject.inputs]
+        model = OnnxModel(exported)
+        inputs = [image.numpy() for image in subject.inputs]
         nodes = quantize_onnx(exported, output, inputs, method=arguments.method, per_channel=not arguments.per_tensor)
         print(
             f"{subject.name}: {len(nodes.layers)} integer layers; in float32 {len(nodes.last)} last ones and "
             f"{len(nodes.pooled)} over pooled features; {len(inputs)} calibration images, {arguments.method}",
             file=sys.stderr,
         )
-        models = {"float32": model, "INT8": OnnxModule(output)}
-        compared = nodes.last_maps if model.is_detector else ()
+        models = {"float32": model, "INT8": OnnxModel(output)}
+        compared = () if isinstance(subject.example, Tensor) else nodes.last_maps
         print(_compare(subject, models, {"float32": exported, "INT8": output}, inputs, compared))
     print(output)
 
@@ -142,11 +143,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("give a run or checkpoint, or --backbone and --weights for a classifier: one of the two")
     if arguments.num_images < 1:
         raise ValueError(f"--num-images is {arguments.num_images}, expected at least 1")
-    output: Path = arguments.output
-    if output.suffix != ".onnx":
-        raise ValueError(f"--output {output} must end in .onnx")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {output.parent} for the output {output.name}; create it")
+    checked_output(arguments.output, ".onnx")
     if arguments.backbone:
         if arguments.weights is None or arguments.calibration is None:
             raise ValueError("--backbone needs --weights, and images to calibrate by: --calibration FOLDER")
@@ -243,7 +240,7 @@ def _seen(inference: SegmentationInference, images: Sequence[Tensor]) -> list[Te
 
 def _evaluation(
     settings: DetectionSettings | SegmentationSettings, checkpoint: Path
-) -> Callable[[OnnxModule], dict[str, float]]:
+) -> Callable[[OnnxModel], dict[str, float]]:
     """The metric of the run, over its validation set."""
     metric: Any
     predict: SegmentationInference | None = None
@@ -266,7 +263,7 @@ def _evaluation(
 
 def _compare(
     subject: _Subject,
-    models: dict[str, OnnxModule],
+    models: dict[str, OnnxModel],
     files: dict[str, Path],
     inputs: Sequence[NDArray[np.float32]],
     compared: Sequence[str],

@@ -16,7 +16,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from resnest_det.deploy.onnx_model import open_session, required
 
 Images = Tensor | list[Tensor]
 Outputs = dict[str, NDArray[Any]]
@@ -143,13 +144,14 @@ def export_onnx(
         ValueError: an argument is out of range, the model returns what has no names, onnx or onnxruntime is missing,
             or the file would give something else than the model. Nothing is written then.
     """
-    path = _checked_path(path, ".onnx")
+    path = checked_output(path, ".onnx")
     _check_tolerance(tolerance)
     if opset not in OPSETS:
         raise ValueError(
             f"opset={opset} must be {OPSETS[0]} to {OPSETS[-1]}, which torch's exporter of detectors writes"
         )
-    onnx, runtime = _required("onnx"), _required("onnxruntime")
+    onnx = required("onnx")
+    required("onnxruntime")  # by which the file is checked
     graph = _Graph(model, example, flat=True)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
         # Of tracing, which the checks verify, and of this exporter being the older one.
@@ -166,7 +168,7 @@ def export_onnx(
             dynamic_axes=graph.dynamic_axes(dynamic),
         )
         proto = onnx.load(traced)
-    session = _session(runtime, proto.SerializeToString())
+    session = open_session(proto.SerializeToString())
 
     def run(images: Images) -> Outputs:
         inputs = {
@@ -181,7 +183,7 @@ def export_onnx(
         "opset": str(opset),
     }
     onnx.helper.set_model_props(proto, written)
-    _write(path, proto.SerializeToString())
+    write_whole(path, proto.SerializeToString())
     return Export(path, written, done)
 
 
@@ -219,7 +221,7 @@ def export_program(
         ValueError: as export_onnx, and for a detector: how many boxes are left depends on the image, at which
             torch.export stops.
     """
-    path = _checked_path(path, ".pt2")
+    path = checked_output(path, ".pt2")
     _check_tolerance(tolerance)
     if not isinstance(example, Tensor):
         raise ValueError(
@@ -253,7 +255,7 @@ def export_program(
     }
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(written)})
-    _write(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
     return Export(path, written, done)
 
 
@@ -550,7 +552,13 @@ def _description(example: Images, checks: Sequence[Check], *, dynamic: bool, pac
     }
 
 
-def _checked_path(path: str | Path, suffix: str) -> Path:
+def checked_output(path: str | Path, suffix: str) -> Path:
+    """The path of a file that is to be written.
+
+    Raises:
+        FileNotFoundError: there is no folder for it.
+        ValueError: it does not end in the suffix.
+    """
     path = Path(path)
     if path.suffix != suffix:
         raise ValueError(f"the file {path} must end in {suffix}")
@@ -559,21 +567,15 @@ def _checked_path(path: str | Path, suffix: str) -> Path:
     return path
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file beside `path`, then rename it into place."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside `path`, then rename it into place; what fails leaves the old one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
-def _required(package: str) -> Any:
     try:
-        return import_module(package)
-    except ImportError as error:
-        raise ValueError(f"ONNX files need {package}, which cannot be imported; install resnest-det[export]") from error
-
-
-def _session(runtime: Any, content: bytes) -> Any:
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors: of shapes it only guesses, it warns at length
-    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

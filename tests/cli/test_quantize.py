@@ -169,8 +169,8 @@ def test_a_classifier(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ([], "give a run or checkpoint, or --backbone and --weights for a classifier: one of the two"),
         (["RUN", "--backbone", "resnest14"], "give a run or checkpoint, or --backbone and --weights"),
         (["RUN", "--num-images", "0"], "--num-images is 0, expected at least 1"),
-        (["RUN", "--output", "model.pt"], "--output model.pt must end in .onnx"),
-        (["RUN", "--output", "nowhere/model.onnx"], "there is no folder nowhere for the output model.onnx; create it"),
+        (["RUN", "--output", "model.pt"], "the file model.pt must end in .onnx"),
+        (["RUN", "--output", "nowhere/model.onnx"], "there is no folder nowhere for the file model.onnx; create it"),
         (["--backbone", "resnest14", "--weights", "W"], "--backbone needs --weights, and images to calibrate by"),
         (["RUN", "--size", "64"], "--size is for --backbone; leave it out"),
         (

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,6 @@ from resnest_det import create_backbone
 from resnest_det.deploy import benchmark as module
 from resnest_det.deploy.benchmark import (
     Candidate,
-    OnnxModel,
     compile_frozen,
     example_images,
     interleaved,
@@ -190,49 +188,6 @@ def test_any_number_of_models_is_compiled() -> None:
     for size in range(1, 11):
         run_inference(compile_frozen(_Scaled(), [torch.rand(1, 3, size, 8)]), torch.rand(1, 3, size, 8))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10
-
-
-def export(net: nn.Module, path: Path, *examples: Tensor) -> Path:
-    pytest.importorskip("onnxruntime")
-    dynamic = {f"x{number}": {0: "n"} for number in range(len(examples)) if examples[number].ndim == 4}
-    names = [f"x{number}" for number in range(len(examples))]
-    torch.onnx.export(net.eval(), examples, str(path), input_names=names, dynamic_axes=dynamic, dynamo=False)
-    return path
-
-
-def test_onnx_files(tmp_path: Path) -> None:
-    images = torch.rand(2, 3, 8, 8)
-    net = nn.Conv2d(3, 4, 3)
-    batches = OnnxModel(export(net, tmp_path / "batches.onnx", images))
-    expected = net(images).detach()
-    (found,) = batches(images.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-5)
-    single = OnnxModel(export(net, tmp_path / "single.onnx", images[0]))
-    (found,) = single(images)  # the last image's
-    torch.testing.assert_close(torch.from_numpy(found), expected[1], atol=1e-5, rtol=1e-5)
-
-
-class Sum(nn.Module):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
-
-
-def test_mistaken_onnx_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*none.onnx; write it with resnest-det export"):
-        OnnxModel(tmp_path / "none.onnx")
-    (tmp_path / "text.onnx").write_text("no model")
-    with pytest.raises(ValueError, match=r"text.onnx cannot be read by ONNX Runtime: .*INVALID_PROTOBUF"):
-        OnnxModel(tmp_path / "text.onnx")
-    two = export(Sum(), tmp_path / "two.onnx", torch.rand(1, 3, 2, 2), torch.rand(1, 3, 2, 2))
-    with pytest.raises(ValueError, match=r"has the inputs x0 .*, x1 .*; expected one"):
-        OnnxModel(two)
-    single = OnnxModel(export(nn.ReLU(), tmp_path / "single.onnx", torch.rand(3, 8, 8)))
-    message = r"single.onnx takes tensor\(float\) \[3, 8, 8\], and does not run on float32 \(3, 9, 9\); .*--fixed-size"
-    with pytest.raises(ValueError, match=message):
-        single(torch.rand(2, 3, 9, 9))
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match=r"two.onnx needs onnxruntime, .* install resnest-det\[export\]"):
-        OnnxModel(two)
 
 
 @pytest.mark.parametrize(

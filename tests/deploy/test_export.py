@@ -248,7 +248,7 @@ def test_an_error_without_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         def run(self, *_: object) -> None:
             raise MemoryError
 
-    monkeypatch.setattr(export, "_session", lambda *_: Broken())
+    monkeypatch.setattr(export, "open_session", lambda *_: Broken())
     with pytest.raises(ValueError, match="the exported model fails on images of 1x3x8x8: MemoryError"):
         export_onnx(Colours().eval(), tmp_path / "net.onnx", torch.rand(1, 3, 8, 8))
 
