@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnest_det.deploy.onnx_model import open_session, required
+from resnest_det.deploy.resizing import resized_as_eager
 
 Images = Tensor | list[Tensor]
 Outputs = dict[str, NDArray[Any]]
@@ -272,7 +273,7 @@ class _Graph(nn.Module):
         if model.training:
             raise ValueError("the model is in training mode, where it gives losses; call eval()")
         _check_images(example)
-        self.model = model
+        self.model = resized_as_eager(model)
         self.eval()  # the exporter leaves the mode, and the model's with it, as it finds this one's
         self.flat = flat
         self.is_detector = not isinstance(example, Tensor)
