@@ -271,13 +271,18 @@ def _find_check_images(named: Sequence[str] | None, settings: Settings | None) -
         return [channels_first(read_rgb(file, 0, 0)) for file in files], f"{len(files)} images of {', '.join(named)}"
     missing = ""
     if settings is not None:
+        is_detection = isinstance(settings, DetectionSettings)
         try:
-            is_detection = isinstance(settings, DetectionSettings)
             dataset: Any = (build_coco_set if is_detection else build_mask_set)(settings.data, "val")  # type: ignore[arg-type]
             chosen = range(0, len(dataset), max(1, len(dataset) // _NUM_IMAGES))[:_NUM_IMAGES]
             return [dataset[index][0] for index in chosen], f"{len(chosen)} images of the run's validation set"
-        except (OSError, ValueError):
-            missing = ", as the run's validation set is not here"
+        except FileNotFoundError as error:
+            missing = f", as the run's validation set is not here: {error}"
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the run's validation set, on which the file would be checked, is broken: {error}. Mend it, or name "
+                f"other images by --images"
+            ) from error
     with tempfile.TemporaryDirectory() as folder:
         sample = Path(folder) / "sample"
         write_sample_dataset(sample, num_train=1, num_val=_NUM_IMAGES)

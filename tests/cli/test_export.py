@@ -101,7 +101,8 @@ def test_a_segmentation_model(segmenter: Path, tmp_path: Path, capsys: pytest.Ca
     path = tmp_path / "seg.onnx"
     assert run(segmenter / "best.pt", "--output", path, "--opset", 18) == 0
     printed = capsys.readouterr()
-    assert "checked on generated scenes, as the run's validation set is not here" in printed.err
+    missing = "checked on generated scenes, as the run's validation set is not here: the class list .* does not exist"
+    assert re.search(missing, printed.err)
     shapes = re.findall(r"^(\d+)x3x(\d+)x(\d+): largest differences: out \S+$", printed.out, re.MULTILINE)
     assert [shape[0] for shape in shapes] == ["1", "5"]
     assert shapes[0][1:] != shapes[1][1:]
@@ -117,6 +118,26 @@ def test_images_that_are_named(
     printed = capsys.readouterr()
     assert printed.err.endswith(f"checked on 4 images of {photos}\n")
     assert re.findall(r"^\S+:", printed.out, re.MULTILINE) == ["1x3x48x64:"] * 4
+
+
+@pytest.mark.parametrize("broken", ["annotations", "image"])
+def test_a_broken_validation_set(broken: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sample_dataset(tmp_path / "run", num_train=1, num_val=2)
+    folder = write_run(tmp_path / "run", "det")
+    if broken == "annotations":
+        (folder / "annotations" / "instances_val.json").write_text('{"images": [')
+        message = r"is broken: .*instances_val\.json.*JSON"
+    else:
+        (image, *_) = sorted((folder / "val").iterdir())
+        image.write_bytes(image.read_bytes()[:100])
+        message = rf"is broken: .*{re.escape(image.name)}"
+    output = tmp_path / "det.onnx"
+    assert run(folder, "--output", output) == 2
+    printed = capsys.readouterr().err
+    assert re.search(message, printed)
+    assert "Mend it, or name other images by --images" in printed
+    assert not output.exists()
+    assert run(folder, "--output", output, "--images", photos) == 0
 
 
 def test_a_backbone(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
