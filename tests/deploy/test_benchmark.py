@@ -26,7 +26,7 @@ from resnest_det.deploy.benchmark import (
     task_of,
     training_step,
 )
-from resnest_det.deploy.named_models import build_named, is_ours
+from resnest_det.deploy.named_models import build_named, is_named, is_ours
 from resnest_det.deploy.roofline import Machine
 from resnest_det.models import deeplabv3plus, faster_rcnn, mask_rcnn
 
@@ -207,7 +207,7 @@ def test_any_number_of_models_is_compiled() -> None:
 def test_models_by_name(name: str, task: str, ours: bool) -> None:
     model = build_named(name, size=64)
     assert not model.training
-    assert (task_of(model), is_ours(name)) == (task, ours)
+    assert (task_of(model), is_ours(name), is_named(name)) == (task, ours, True)
     if name.startswith("fcos"):
         assert (model.transform.min_size, model.transform.max_size) == ((64,), 64)
 
@@ -227,6 +227,7 @@ def test_models_by_name(name: str, task: str, ours: bool) -> None:
 def test_unknown_models(name: str, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the next line reads it)
         build_named(name, size=64)
+    assert is_named(name) == (":" in name and not name.startswith("tim:"))
     assert str(error.value).startswith(message)
 
 
