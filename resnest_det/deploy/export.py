@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +20,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch._meta_registrations as meta
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -231,7 +234,10 @@ def export_program(
         )
     graph = _Graph(model, example, flat=False)
     auto = torch.export.Dim.AUTO
-    with torch.no_grad(), warnings.catch_warnings():
+    # Older torch asks for the remainder where it divides the sizes that pools see: a program would be for sizes of the
+    # example's remainder alone.
+    floor_division = patch.object(meta, "div_rtn", operator.floordiv, create=True)
+    with torch.no_grad(), warnings.catch_warnings(), floor_division:
         warnings.simplefilter("ignore")
         program = torch.export.export(
             graph,
@@ -373,7 +379,8 @@ def _check(
             given = run(images)
         except Exception as error:  # whatever the runtime raises, the file is not what was asked for
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"the exported model fails on images of {_sizes(images)}: {said}") from error
+            fix = "; if it took a size for a constant, export it with dynamic=False (--fixed-size)" if dynamic else ""
+            raise ValueError(f"the exported model fails on images of {_sizes(images)}: {said}{fix}") from error
         done.append(_compared(expected, given, images, tolerance))
     if not isinstance(example, Tensor) and not any(check.num_detections for check in done):
         raise ValueError(
