@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,6 @@ from resnest_det.deploy.benchmark import (
     Images,
     Layout,
     Measurement,
-    OnnxModel,
     compile_frozen,
     example_images,
     many_compilations,
@@ -35,7 +35,8 @@ from resnest_det.deploy.benchmark import (
     task_of,
 )
 from resnest_det.deploy.inference import optimize_for_inference
-from resnest_det.deploy.named_models import build_named, is_ours
+from resnest_det.deploy.named_models import build_named, is_named, is_ours
+from resnest_det.deploy.onnx_model import OnnxModel
 from resnest_det.deploy.profiling import ModuleTime, module_times
 from resnest_det.deploy.roofline import Machine, measure_machine
 from resnest_det.distributed import select_device
@@ -47,6 +48,7 @@ from resnest_det.visualize.pictures import Picture
 if TYPE_CHECKING:
     from resnest_det.cli import SubParsers
 
+_WEIGHT_SUFFIXES = (".pt", ".pth", ".safetensors")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,9 +71,7 @@ def add(commands: SubParsers) -> None:
     parser.add_argument(
         "--batch", type=int, default=8, metavar="N", help="images of a batch and of a training step (%(default)s)"
     )
-    parser.add_argument(
-        "--layout", choices=(*MEMORY_FORMATS, "both"), default="both", help="of weights and images (%(default)s)"
-    )
+    parser.add_argument("--layout", choices=(*MEMORY_FORMATS, "both"), help="of weights and images (both)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="16-bit types by autocast (%(default)s)")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="times that each is measured (%(default)s)")
@@ -96,6 +96,7 @@ def _run(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, option)
         if value is not None and value < least:
             raise ValueError(f"--{option} is {value}, expected {least} or more")
+    _check_effects(arguments)
     threads = torch.get_num_threads()
     torch.set_num_threads(arguments.threads or threads)
     try:
@@ -103,6 +104,33 @@ def _run(arguments: argparse.Namespace) -> None:
             _measure(arguments)
     finally:
         torch.set_num_threads(threads)
+
+
+def _check_effects(arguments: argparse.Namespace) -> None:
+    """Refuse options that none of the models has a use for."""
+    files = [name for name in arguments.models if _is_onnx(name)]
+    if files and arguments.dtype != "float32":
+        raise ValueError(
+            f"--dtype is {arguments.dtype}, and {files[0]} computes in the types that it was written with; leave one "
+            f"of them out"
+        )
+    of_torch = {name: getattr(arguments, name) for name in ("layout", "train", "compile", "optimize", "layers")}
+    for option, value in of_torch.items():
+        if value and len(files) == len(arguments.models):
+            raise ValueError(f"--{option} is for models of torch, and {files[0]} is an ONNX file; leave it out")
+    if arguments.optimize and not any(is_ours(name) and not _is_onnx(name) for name in arguments.models):
+        raise ValueError(f"--optimize is for models of resnest_det, which {arguments.models[0]} is not; leave it out")
+
+
+def _is_onnx(name: str) -> bool:
+    return Path(name).suffix == ".onnx"
+
+
+def _is_run(name: str) -> bool:
+    """Whether a run or checkpoint is meant: never by a network's name, whatever folder is called so too."""
+    path = Path(name)
+    is_path = path.exists() or bool({"/", os.sep}.intersection(name)) or path.suffix in _WEIGHT_SUFFIXES
+    return is_path and not is_named(name)
 
 
 def _measure(arguments: argparse.Namespace) -> None:
@@ -151,12 +179,12 @@ def _measure(arguments: argparse.Namespace) -> None:
 def _candidates(name: str, arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
     """A model in each of the forms and layouts asked for."""
     path = Path(name)
-    if path.suffix == ".onnx":
+    if _is_onnx(name):
         runs = _onnx_model(path, device)
         for number in (1, arguments.batch):
             run_inference(runs, example_images("classification", number, arguments.size, "NCHW", device))
         return [Candidate(name, "NCHW", "classification", runs, None, None)]
-    is_run = path.exists() or path.suffix in (".pt", ".pth")
+    is_run = _is_run(name)
     model = Predictor.from_checkpoint(path, device="cpu").model if is_run else build_named(name, size=arguments.size)
     task = task_of(model)
     model.to(device)
@@ -168,7 +196,7 @@ def _candidates(name: str, arguments: argparse.Namespace, device: torch.device, 
         return compile_frozen(own, examples, dtype)
 
     found = []
-    for layout in MEMORY_FORMATS if arguments.layout == "both" else (arguments.layout,):
+    for layout in MEMORY_FORMATS if arguments.layout in (None, "both") else (arguments.layout,):
         eager = deepcopy(model).to(memory_format=MEMORY_FORMATS[layout])
         found.append(Candidate(name, layout, task, eager, eager, eager))
         if arguments.compile:
@@ -206,7 +234,7 @@ def _module_times(
     found = {}
     for own in candidates:
         net = own.inference
-        if isinstance(net, nn.Module) and not own.name.endswith("compiled"):
+        if own.model is not None and isinstance(net, nn.Module) and not own.name.endswith("compiled"):
             images = example_images(own.task, 1, arguments.size, own.layout, device)
             times = module_times(net.eval(), partial(run_inference, net, images, dtype), device=device)
             found[f"{own.name}, {own.layout}"] = sorted(times, key=lambda time: -time.own_seconds)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from resnest_det.cli import SubParsers
 
 _SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}
+_OPSET = 17  # where --opset names none
 _NUM_IMAGES = 4  # that a file is checked on
 _CLASSIFIER_SIZES = ((224, 224), (256, 321))  # of the images that a backbone's file is checked on
 _LONGEST_SIDE = 640  # of those that a segmentation model's is
@@ -80,7 +81,7 @@ def add(commands: SubParsers) -> None:
     parser.add_argument(
         "--format", choices=tuple(_SUFFIXES), help="onnx, or torch_export, which takes no detectors (the output's)"
     )
-    parser.add_argument("--opset", type=int, default=17, metavar="N", help="of ONNX, 16 to 20 (%(default)s)")
+    parser.add_argument("--opset", type=int, metavar="N", help=f"of ONNX, 16 to 20 ({_OPSET})")
     parser.add_argument("--uint8", action="store_true", help="the file takes bytes, and scales them by itself")
     parser.add_argument(
         "--fixed-size", type=int, nargs=2, metavar=("H", "W"), help="the file takes one image of this size, no other"
@@ -111,7 +112,8 @@ def add(commands: SubParsers) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     form = _format(output, arguments.format)
-    source = _load_backbone(arguments) if arguments.backbone else _load_checkpoint(arguments)
+    _check(arguments, form)
+    source = _load_checkpoint(arguments) if arguments.backbone is None else _load_backbone(arguments)
     if source.task == "detection" and form == "torch_export":
         raise ValueError(
             f"{arguments.checkpoint} is a detector, which torch.export does not take: how many boxes are left depends "
@@ -125,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> None:
             onnx_form(source.model),
             output,
             checks[0],
-            opset=arguments.opset,
+            opset=_OPSET if arguments.opset is None else arguments.opset,
             dynamic=arguments.fixed_size is None,
             checks=checks,
             reference=source.model,
@@ -158,15 +160,35 @@ def _format(output: Path, given: str | None) -> str:
     return form
 
 
+def _check(arguments: argparse.Namespace, form: str) -> None:
+    """Refuse what does not go together, and what would have no effect, before the long work."""
+    checkpoint, backbone = arguments.checkpoint, arguments.backbone
+    if checkpoint is None and backbone is None:
+        raise ValueError("there is nothing to export; name a run folder or checkpoint, or --backbone and --weights")
+    if checkpoint is not None and backbone is not None:
+        raise ValueError(f"both {checkpoint} and --backbone {backbone} are named; export one of them")
+    if backbone is not None and arguments.weights is None:
+        raise ValueError(f"--backbone {backbone} needs --weights, such as imagenet or a file's path")
+    without_effect = {
+        "--opset": (form != "onnx", f"is ONNX's, and {arguments.output} is a program of torch.export"),
+        "--weights": (backbone is None, "is for --backbone, and a checkpoint has its weights"),
+        "--features": (backbone is None, "is for --backbone, and a checkpoint's model is exported as it is"),
+        "--score-threshold": (backbone is not None, f"is for a checkpoint, and --backbone {backbone} is none"),
+        "--config": (backbone is not None, f"is for a checkpoint, and --backbone {backbone} is none"),
+        "--classes": (arguments.features is not None, "names a classifier's outputs, and --features has none"),
+    }
+    for option, (has_none, reason) in without_effect.items():
+        if has_none and getattr(arguments, option[2:].replace("-", "_")) is not None:
+            raise ValueError(f"{option} {reason}; leave it out")
+    size = arguments.fixed_size
+    if size is not None and min(size) < 1:
+        raise ValueError(f"--fixed-size is {size[0]} {size[1]}, expected two numbers of pixels")
+
+
 # --- what is exported
 
 
 def _load_checkpoint(arguments: argparse.Namespace) -> _Source:
-    if arguments.checkpoint is None:
-        raise ValueError("there is nothing to export; name a run folder or checkpoint, or --backbone and --weights")
-    for name in ("weights", "features"):
-        if getattr(arguments, name):
-            raise ValueError(f"--{name} is for --backbone; a checkpoint's model is exported as it is")
     predictor = Predictor.from_checkpoint(
         arguments.checkpoint,
         config=arguments.config,
@@ -196,13 +218,6 @@ def _load_checkpoint(arguments: argparse.Namespace) -> _Source:
 
 def _load_backbone(arguments: argparse.Namespace) -> _Source:
     name, weights = arguments.backbone, arguments.weights
-    if arguments.checkpoint is not None:
-        raise ValueError(f"both {arguments.checkpoint} and --backbone {name} are named; export one of them")
-    if weights is None:
-        raise ValueError(f"--backbone {name} needs --weights, such as imagenet or a file's path")
-    for option in ("score_threshold", "config"):
-        if getattr(arguments, option) is not None:
-            raise ValueError(f"--{option.replace('_', '-')} is for a checkpoint, and --backbone {name} is none")
     if arguments.features:
         net: nn.Module = create_backbone(name, weights, new_classifier=True)
         model = NormalisedNetwork(stage_extractor(net, [stage for stage in STAGES if stage in arguments.features]))
@@ -256,13 +271,18 @@ def _find_check_images(named: Sequence[str] | None, settings: Settings | None) -
         return [channels_first(read_rgb(file, 0, 0)) for file in files], f"{len(files)} images of {', '.join(named)}"
     missing = ""
     if settings is not None:
+        is_detection = isinstance(settings, DetectionSettings)
         try:
-            is_detection = isinstance(settings, DetectionSettings)
             dataset: Any = (build_coco_set if is_detection else build_mask_set)(settings.data, "val")  # type: ignore[arg-type]
             chosen = range(0, len(dataset), max(1, len(dataset) // _NUM_IMAGES))[:_NUM_IMAGES]
             return [dataset[index][0] for index in chosen], f"{len(chosen)} images of the run's validation set"
-        except (OSError, ValueError):
-            missing = ", as the run's validation set is not here"
+        except FileNotFoundError as error:
+            missing = f", as the run's validation set is not here: {error}"
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the run's validation set, on which the file would be checked, is broken: {error}. Mend it, or name "
+                f"other images by --images"
+            ) from error
     with tempfile.TemporaryDirectory() as folder:
         sample = Path(folder) / "sample"
         write_sample_dataset(sample, num_train=1, num_val=_NUM_IMAGES)
@@ -277,8 +297,6 @@ def _checks(images: Sequence[Tensor], task: str, fixed_size: Sequence[int] | Non
     sizes, even where all images are square. Other models get a batch of one and a batch of all, at two sizes.
     """
     if fixed_size is not None:
-        if min(fixed_size) < 1:
-            raise ValueError(f"--fixed-size is {fixed_size[0]} {fixed_size[1]}, expected two numbers of pixels")
         sized = [F.resize(image, list(fixed_size), antialias=True) for image in images]
     else:
         sized = [*images, images[0].rot90(1, (1, 2))]

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -32,9 +33,10 @@ from resnest_det.data import eval_loader
 from resnest_det.data.files import channels_first, read_rgb
 from resnest_det.data.image_search import find_images
 from resnest_det.deploy.benchmark import interleaved, spread
-from resnest_det.deploy.export import NormalisedNetwork, export_onnx
+from resnest_det.deploy.export import Images, NormalisedNetwork, checked_output, export_onnx, of_other_sizes
 from resnest_det.deploy.integer_form import integer_form
-from resnest_det.deploy.quantization import CalibrationMethod, OnnxModule, cosine_similarities, quantize_onnx
+from resnest_det.deploy.onnx_model import OnnxModel
+from resnest_det.deploy.quantization import CalibrationMethod, cosine_similarities, quantize_onnx
 from resnest_det.distributed import images_to_device
 from resnest_det.engine import check_class_names
 from resnest_det.evaluation import MeanIoU, SegmentationInference, evaluate
@@ -44,6 +46,7 @@ from resnest_det.predictor import Predictor
 if TYPE_CHECKING:
     from resnest_det.cli import SubParsers
 
+_NUM_CHECKS = 4  # calibration images that the float32 file is checked on
 _ROUNDS = 10  # of the comparison of times
 _CPU = torch.device("cpu")
 
@@ -100,21 +103,22 @@ class _Subject:
     weights: str
     class_names: dict[int, str]
     model: nn.Module
-    example: Tensor | list[Tensor]  # what the model is exported with
+    checks: list[Images]  # what the float32 file is tried on, and by the first of which it is traced
     inputs: list[Tensor]  # for calibration, as the model takes them: (3, H, W) of a detector, else (1, 3, H, W)
-    evaluate: Callable[[OnnxModule], dict[str, float]] | None
+    evaluate: Callable[[OnnxModel], dict[str, float]] | None
 
 
 def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
-    subject = _classifier(arguments) if arguments.backbone else _trained(arguments)
+    subject = _trained(arguments) if arguments.backbone is None else _classifier(arguments)
     output: Path = arguments.output
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "float32.onnx"
         export_onnx(
             integer_form(subject.model),
             exported,
-            subject.example,
+            subject.checks[0],
+            checks=subject.checks,
             reference=subject.model,
             metadata={
                 "model": subject.name,
@@ -122,16 +126,16 @@ def _run(arguments: argparse.Namespace) -> None:
                 "class_names": json.dumps(subject.class_names, ensure_ascii=False),
             },
         )
-        model = OnnxModule(exported)
-        inputs = [model.as_input(image) for image in subject.inputs]
+        model = OnnxModel(exported)
+        inputs = [image.numpy() for image in subject.inputs]
         nodes = quantize_onnx(exported, output, inputs, method=arguments.method, per_channel=not arguments.per_tensor)
         print(
             f"{subject.name}: {len(nodes.layers)} integer layers; in float32 {len(nodes.last)} last ones and "
             f"{len(nodes.pooled)} over pooled features; {len(inputs)} calibration images, {arguments.method}",
             file=sys.stderr,
         )
-        models = {"float32": model, "INT8": OnnxModule(output)}
-        compared = nodes.last_maps if model.is_detector else ()
+        models = {"float32": model, "INT8": OnnxModel(output)}
+        compared = () if isinstance(subject.checks[0], Tensor) else nodes.last_maps
         print(_compare(subject, models, {"float32": exported, "INT8": output}, inputs, compared))
     print(output)
 
@@ -142,21 +146,24 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("give a run or checkpoint, or --backbone and --weights for a classifier: one of the two")
     if arguments.num_images < 1:
         raise ValueError(f"--num-images is {arguments.num_images}, expected at least 1")
-    output: Path = arguments.output
-    if output.suffix != ".onnx":
-        raise ValueError(f"--output {output} must end in .onnx")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {output.parent} for the output {output.name}; create it")
-    if arguments.backbone:
+    checked_output(arguments.output, ".onnx")
+    if arguments.size is not None and arguments.size < 1:
+        raise ValueError(f"--size is {arguments.size}, expected at least 1")
+    if arguments.backbone is not None:
         if arguments.weights is None or arguments.calibration is None:
             raise ValueError("--backbone needs --weights, and images to calibrate by: --calibration FOLDER")
-        given = {"--data": arguments.data, "--no-evaluation": arguments.no_evaluation}
+        given = {"--data": arguments.data, "--no-evaluation": arguments.no_evaluation or None}
     else:
         given = {"--weights": arguments.weights, "--size": arguments.size}
     for option, value in given.items():
-        if value:
-            kind = "a run or checkpoint" if arguments.backbone else "--backbone"
+        if value is not None:
+            kind = "--backbone" if arguments.backbone is None else "a run or checkpoint"
             raise ValueError(f"{option} is for {kind}; leave it out")
+    if arguments.data is not None and arguments.calibration and arguments.no_evaluation:
+        raise ValueError(
+            f"--data is {arguments.data}, and with --calibration and --no-evaluation none of the run's data are read; "
+            f"leave one of them out"
+        )
 
 
 # --- what is quantised
@@ -164,21 +171,26 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _classifier(arguments: argparse.Namespace) -> _Subject:
     preprocessing = find_preprocessing(arguments.backbone, arguments.weights)
-    if arguments.size:
+    if arguments.size is not None:
         preprocessing = Preprocessing(arguments.size, arguments.size, preprocessing.interpolation)
     classifier = load_classifier(arguments.backbone, arguments.weights, preprocessing=preprocessing, device="cpu")
     files = _spread(find_images(arguments.calibration), arguments.num_images)
     inputs = [images_to_device(classifier.prepare(file)[None], _CPU) for file in files]
     names = dict(enumerate(classifier.class_names))
     net = NormalisedNetwork(classifier.net).eval()
-    return _Subject(arguments.backbone, arguments.weights, names, net, inputs[0], inputs, None)
+    return _Subject(arguments.backbone, arguments.weights, names, net, _batches(inputs), inputs, None)
 
 
 def _trained(arguments: argparse.Namespace) -> _Subject:
     """A detector or segmentation model with its data."""
     predictor = Predictor.from_checkpoint(arguments.checkpoint, device="cpu")
     settings = predictor.settings
-    if arguments.data:
+    if arguments.data is not None:
+        if settings.data.sample is not None:
+            raise ValueError(
+                f"--data is {arguments.data}, and the run's data are the generated ones, which are made where they are "
+                f"missing; leave it out"
+            )
         data = settings.data.model_copy(update={"root": arguments.data})
         settings = settings.model_copy(update={"data": data})
     checkpoint = find_checkpoint(Path(arguments.checkpoint))
@@ -194,19 +206,26 @@ def _trained(arguments: argparse.Namespace) -> _Subject:
         files = [train_set.image_path(place) for place in _spread(range(len(train_set)), arguments.num_images)]
     images: list[Tensor] = images_to_device([channels_first(read_rgb(file, 0, 0)) for file in files], _CPU)
     if isinstance(settings, DetectionSettings):
-        example: Tensor | list[Tensor] = [_first_with_objects(predictor.model, images)]
+        checks: list[Images] = [[image] for image in _with_objects(predictor.model, images)]
+        checks.append(of_other_sizes(checks[0]))
         inputs, kind = images, str(settings.model.detector)
     else:
         inputs, kind = _seen(build_inference(settings.eval), images), "deeplabv3plus"
-        example = inputs[0]
+        checks = _batches(inputs)
     name = f"{kind} on {settings.model.backbone}"
-    return _Subject(name, checkpoint.name, predictor.class_names, predictor.model, example, inputs, measure)
+    return _Subject(name, checkpoint.name, predictor.class_names, predictor.model, checks, inputs, measure)
+
+
+def _batches(inputs: Sequence[Tensor]) -> list[Images]:
+    """What the file of a model that takes batches is tried on: some of its inputs, and a batch of another size."""
+    return [*inputs[:_NUM_CHECKS], of_other_sizes(inputs[0])]
 
 
 @torch.no_grad()
-def _first_with_objects(detector: nn.Module, images: Sequence[Tensor]) -> Tensor:
-    """The first image that the detector finds something in, by which its file can be checked; without one the first."""
-    return next((image for image in images if len(detector([image])[0]["boxes"])), images[0])
+def _with_objects(detector: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
+    """The first images that the detector finds something in, as its file is checked by; without one the first."""
+    found = (image for image in images if len(detector([image])[0]["boxes"]))
+    return list(islice(found, _NUM_CHECKS)) or [images[0]]
 
 
 def _spread(items: Sequence[Any], number: int) -> list[Any]:
@@ -243,7 +262,7 @@ def _seen(inference: SegmentationInference, images: Sequence[Tensor]) -> list[Te
 
 def _evaluation(
     settings: DetectionSettings | SegmentationSettings, checkpoint: Path
-) -> Callable[[OnnxModule], dict[str, float]]:
+) -> Callable[[OnnxModel], dict[str, float]]:
     """The metric of the run, over its validation set."""
     metric: Any
     predict: SegmentationInference | None = None
@@ -266,7 +285,7 @@ def _evaluation(
 
 def _compare(
     subject: _Subject,
-    models: dict[str, OnnxModule],
+    models: dict[str, OnnxModel],
     files: dict[str, Path],
     inputs: Sequence[NDArray[np.float32]],
     compared: Sequence[str],
@@ -284,7 +303,7 @@ def _compare(
             line(name, f"{value:.4f}", f"{other:.4f}", f"{other - value:+.4f}")
     sizes = {kind: path.stat().st_size / 2**20 for kind, path in files.items()}
     line("size, MiB", f"{sizes['float32']:.1f}", f"{sizes['INT8']:.1f}", f"{sizes['INT8'] / sizes['float32']:.2f}x")
-    image: Any = subject.inputs[0] if isinstance(subject.example, Tensor) else subject.inputs[:1]
+    image: Any = subject.inputs[0] if isinstance(subject.checks[0], Tensor) else subject.inputs[:1]
     seconds = interleaved({kind: partial(model, image) for kind, model in models.items()}, rounds=_ROUNDS)
     faster = statistics.median(seconds["float32"]) / statistics.median(seconds["INT8"])
     line("an image, ms", spread(seconds["float32"]), spread(seconds["INT8"]), f"{faster:.2f}x faster")

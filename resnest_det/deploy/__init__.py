@@ -9,14 +9,15 @@ from resnest_det.deploy.folding import fold_batch_norms
 from resnest_det.deploy.inference import optimize_for_inference
 from resnest_det.deploy.integer_form import integer_form
 from resnest_det.deploy.onnx_form import onnx_form
-from resnest_det.deploy.quantization import IntegerNodes, OnnxModule, cosine_similarities, quantize_onnx
+from resnest_det.deploy.onnx_model import OnnxModel
+from resnest_det.deploy.quantization import IntegerNodes, cosine_similarities, quantize_onnx
 
 __all__ = [
     "Check",
     "Export",
     "IntegerNodes",
     "NormalisedNetwork",
-    "OnnxModule",
+    "OnnxModel",
     "cosine_similarities",
     "export_onnx",
     "export_program",

@@ -6,20 +6,17 @@ meets all of it, and a time is a median with the lowest and the highest.
 
 from __future__ import annotations
 
-import importlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch._dynamo.config
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -385,57 +382,3 @@ def compile_frozen(model: nn.Module, examples: Sequence[Images], dtype: torch.dt
         for images in examples:
             run_inference(compiled, images, dtype)
     return compiled
-
-
-class OnnxModel:
-    """A file in ONNX Runtime on the CPU, with as many threads as torch has.
-
-    Args:
-        path: an ONNX file with one input: images (N, 3, H, W), or one image (3, H, W), of which several are then run
-            one after the other.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: onnxruntime is not installed, or the file is none of ONNX's or has another input.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}; write it with resnest-det export")
-        try:
-            runtime = importlib.import_module("onnxruntime")
-        except ImportError as error:
-            raise ValueError(
-                f"{path} needs onnxruntime, which cannot be imported ({error}); install resnest-det[export]"
-            ) from error
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry(
-            "session.force_spinning_stop", "1"
-        )  # idle threads would slow down what is next
-        try:
-            self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # of a class of its own for each cause
-            raise ValueError(f"{path} cannot be read by ONNX Runtime: {error}") from error
-        inputs = self._session.get_inputs()
-        if len(inputs) != 1 or len(inputs[0].shape) not in (3, 4):
-            shapes = ", ".join(f"{own.name} {own.shape}" for own in inputs)
-            raise ValueError(f"{path} has the inputs {shapes}; expected one, images (N, 3, H, W) or an image (3, H, W)")
-        self._path, self._input, self._takes_batches = path, inputs[0], len(inputs[0].shape) == 4
-
-    def __call__(self, images: Tensor) -> list[NDArray[Any]]:
-        """The file's outputs for images (N, 3, H, W); of the last one where it takes one at a time.
-
-        Raises:
-            ValueError: the file takes others, such as bytes, or one size only.
-        """
-        array = images.contiguous().numpy()
-        parts = [array] if self._takes_batches else list(array)
-        try:
-            return [self._session.run(None, {self._input.name: part}) for part in parts][-1]
-        except Exception as error:  # of a class of its own for each cause
-            raise ValueError(
-                f"{self._path} takes {self._input.type} {self._input.shape}, and does not run on {array.dtype} "
-                f"{parts[0].shape}; give images that it takes (--batch, --size), or export it without --uint8 and "
-                f"--fixed-size"
-            ) from error

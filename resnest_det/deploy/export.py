@@ -12,20 +12,25 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch._meta_registrations as meta
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from resnest_det.deploy.onnx_model import open_session, required
+from resnest_det.deploy.resizing import resized_as_eager
 
 Images = Tensor | list[Tensor]
 Outputs = dict[str, NDArray[Any]]
@@ -143,12 +148,14 @@ def export_onnx(
         ValueError: an argument is out of range, the model returns what has no names, onnx or onnxruntime is missing,
             or the file would give something else than the model. Nothing is written then.
     """
-    path = _checked_path(path, ".onnx")
+    path = checked_output(path, ".onnx")
+    _check_tolerance(tolerance)
     if opset not in OPSETS:
         raise ValueError(
             f"opset={opset} must be {OPSETS[0]} to {OPSETS[-1]}, which torch's exporter of detectors writes"
         )
-    onnx, runtime = _required("onnx"), _required("onnxruntime")
+    onnx = required("onnx")
+    required("onnxruntime")  # by which the file is checked
     graph = _Graph(model, example, flat=True)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
         # Of tracing, which the checks verify, and of this exporter being the older one.
@@ -165,7 +172,7 @@ def export_onnx(
             dynamic_axes=graph.dynamic_axes(dynamic),
         )
         proto = onnx.load(traced)
-    session = _session(runtime, proto.SerializeToString())
+    session = open_session(proto.SerializeToString())
 
     def run(images: Images) -> Outputs:
         inputs = {
@@ -180,7 +187,7 @@ def export_onnx(
         "opset": str(opset),
     }
     onnx.helper.set_model_props(proto, written)
-    _write(path, proto.SerializeToString())
+    write_whole(path, proto.SerializeToString())
     return Export(path, written, done)
 
 
@@ -218,7 +225,8 @@ def export_program(
         ValueError: as export_onnx, and for a detector: how many boxes are left depends on the image, at which
             torch.export stops.
     """
-    path = _checked_path(path, ".pt2")
+    path = checked_output(path, ".pt2")
+    _check_tolerance(tolerance)
     if not isinstance(example, Tensor):
         raise ValueError(
             "the model is a detector, which torch.export does not take: how many boxes are left depends on the image, "
@@ -226,7 +234,10 @@ def export_program(
         )
     graph = _Graph(model, example, flat=False)
     auto = torch.export.Dim.AUTO
-    with torch.no_grad(), warnings.catch_warnings():
+    # Older torch asks for the remainder where it divides the sizes that pools see: a program would be for sizes of the
+    # example's remainder alone.
+    floor_division = patch.object(meta, "div_rtn", operator.floordiv, create=True)
+    with torch.no_grad(), warnings.catch_warnings(), floor_division:
         warnings.simplefilter("ignore")
         program = torch.export.export(
             graph,
@@ -251,7 +262,7 @@ def export_program(
     }
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(written)})
-    _write(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
     return Export(path, written, done)
 
 
@@ -268,7 +279,7 @@ class _Graph(nn.Module):
         if model.training:
             raise ValueError("the model is in training mode, where it gives losses; call eval()")
         _check_images(example)
-        self.model = model
+        self.model = resized_as_eager(model)
         self.eval()  # the exporter leaves the mode, and the model's with it, as it finds this one's
         self.flat = flat
         self.is_detector = not isinstance(example, Tensor)
@@ -356,8 +367,6 @@ def _check(
     Raises:
         ValueError: they differ, or nothing was compared.
     """
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance={tolerance} must be between 0 and 1, such as 1e-4")
     if checks is None:
         checks = [example, of_other_sizes(example)] if dynamic else [example]
     if not checks:
@@ -370,13 +379,19 @@ def _check(
             given = run(images)
         except Exception as error:  # whatever the runtime raises, the file is not what was asked for
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"the exported model fails on images of {_sizes(images)}: {said}") from error
+            fix = "; if it took a size for a constant, export it with dynamic=False (--fixed-size)" if dynamic else ""
+            raise ValueError(f"the exported model fails on images of {_sizes(images)}: {said}{fix}") from error
         done.append(_compared(expected, given, images, tolerance))
     if not isinstance(example, Tensor) and not any(check.num_detections for check in done):
         raise ValueError(
             "the model found nothing in the images of the check, so that nothing was compared; give images with objects"
         )
     return tuple(done)
+
+
+def _check_tolerance(tolerance: float) -> None:
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance={tolerance} must be between 0 and 1, such as 1e-4")
 
 
 def _expected(model: nn.Module, images: Images) -> Outputs:
@@ -545,7 +560,13 @@ def _description(example: Images, checks: Sequence[Check], *, dynamic: bool, pac
     }
 
 
-def _checked_path(path: str | Path, suffix: str) -> Path:
+def checked_output(path: str | Path, suffix: str) -> Path:
+    """The path of a file that is to be written.
+
+    Raises:
+        FileNotFoundError: there is no folder for it.
+        ValueError: it does not end in the suffix.
+    """
     path = Path(path)
     if path.suffix != suffix:
         raise ValueError(f"the file {path} must end in {suffix}")
@@ -554,21 +575,15 @@ def _checked_path(path: str | Path, suffix: str) -> Path:
     return path
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file beside `path`, then rename it into place."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside `path`, then rename it into place; what fails leaves the old one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
-def _required(package: str) -> Any:
     try:
-        return import_module(package)
-    except ImportError as error:
-        raise ValueError(f"ONNX files need {package}, which cannot be imported; install resnest-det[export]") from error
-
-
-def _session(runtime: Any, content: bytes) -> Any:
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors: of shapes it only guesses, it warns at length
-    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

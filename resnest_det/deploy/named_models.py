@@ -53,10 +53,15 @@ def build_named(name: str, *, size: int) -> nn.Module:
         return deeplabv3plus(_ours(own, output_stride=16), _NUM_CLASSES["segmentation"]).eval()
     if prefix in _PEERS:
         return _PEERS[prefix](own, size).eval()
-    kinds = [*_DETECTORS, "deeplabv3plus", *_PEERS]
     raise ValueError(
-        f"the model {name!r} begins with {prefix!r}, which is none of {', '.join(kinds)}{_near(prefix, kinds)}"
+        f"the model {name!r} begins with {prefix!r}, which is none of {', '.join(_PREFIXES)}{_near(prefix, _PREFIXES)}"
     )
+
+
+def is_named(name: str) -> bool:
+    """Whether build_named takes a text for a model's name: a network of ours, or what begins as another's does."""
+    prefix, colon, _ = name.partition(":")
+    return prefix in _PREFIXES if colon else name in list_backbones()
 
 
 def is_ours(name: str) -> bool:
@@ -114,6 +119,7 @@ _PEERS: dict[str, Callable[[str, int], nn.Module]] = {
     "released": _released,
     "smp": _smp,
 }
+_PREFIXES = (*_DETECTORS, "deeplabv3plus", *_PEERS)
 
 
 def _package(module: str, package: str, extra: str) -> Any:

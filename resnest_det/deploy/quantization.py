@@ -16,14 +16,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+
+from resnest_det.deploy.export import checked_output, write_whole
+from resnest_det.deploy.onnx_model import open_session, required
 
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 
@@ -75,7 +75,7 @@ def quantize_onnx(
 
     Args:
         model_path: a file with one input and BatchNorm folded, as export_onnx writes it.
-        output: the file to write.
+        output: the file to write, which ends in .onnx; one that is there is replaced when all is done.
         calibration: images as the file's input takes them, at least one. A few dozen of the training set are usual.
         method: the range of a tensor that the 8 bits cover: "minmax" all that was seen; "percentile" all but the
             outermost 0.001 % of the values; "entropy" what changes their distribution least. The last two keep
@@ -87,17 +87,17 @@ def quantize_onnx(
 
     Raises:
         FileNotFoundError: there is no such file, or no folder for the output.
-        ValueError: onnxruntime is not installed; the method is unknown; there are no images, or one does not fit the
-            input; the file has several inputs, is quantised already, or has nothing to quantise.
+        OSError: the output cannot be written.
+        ValueError: onnxruntime is not installed; the output has another ending; the method is unknown; there are no
+            images, or one does not fit the input; the file has several inputs, is quantised already, or has nothing to
+            quantise. What stood at `output` stays then.
     """
     if method not in get_args(CalibrationMethod):
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(get_args(CalibrationMethod))}")
-    onnx, quantization = _import("onnx"), _import("onnxruntime.quantization")
-    model_path, output = Path(model_path), Path(output)
+    onnx, quantization = required("onnx"), required("onnxruntime.quantization")
+    model_path, output = Path(model_path), checked_output(output, ".onnx")
     if not model_path.is_file():
         raise FileNotFoundError(f"there is no ONNX file {model_path}; write one with export_onnx")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {output.parent} for the file {output.name}; create it")
     with tempfile.TemporaryDirectory() as folder, _quietly():
         prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
         # Symbolic shapes end at the sizes that depend on data; the shapes that are asked for here are plain ones.
@@ -125,7 +125,7 @@ def quantize_onnx(
     metadata.pop("checks", None)  # by which export_onnx found the float32 file to be right
     metadata["quantization"] = f"int8, {method} over {len(reader)} images"
     onnx.helper.set_model_props(model, metadata)
-    onnx.save(model, output)
+    write_whole(output, model.SerializeToString())
     return nodes
 
 
@@ -220,48 +220,6 @@ def cosine_similarities(
     return similarities
 
 
-class OnnxModule(nn.Module):
-    """An ONNX file in the place of the model it was made of, so that what evaluates the one evaluates the other.
-
-    Args:
-        path: a file with one input: images (N, 3, H, W), or an image (3, H, W), which a batch then becomes one by one.
-
-    Shape:
-        Images (N, 3, H, W), or a list of (3, H, W), on the CPU. The file of a detector, with the outputs boxes, labels
-        and scores, gives a dict of its outputs for each image; any other one dict of them.
-
-    Raises:
-        ValueError: onnxruntime is not installed, or the file has another input.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__()
-        self._session = _session(str(path))
-        inputs = self._session.get_inputs()
-        if len(inputs) != 1 or len(inputs[0].shape) not in (3, 4):
-            shapes = ", ".join(f"{value.name} {value.shape}" for value in inputs)
-            raise ValueError(f"{path} has the inputs {shapes}; expected one, images (N, 3, H, W) or an image (3, H, W)")
-        self._takes_batches = len(inputs[0].shape) == 4
-        self._names = [value.name for value in self._session.get_outputs()]
-        self.is_detector = {"boxes", "labels", "scores"} <= {*self._names}
-        self.eval()
-
-    def forward(self, images: Tensor | Sequence[Tensor]) -> Any:
-        """Run the file."""
-        if self.is_detector:
-            return [self._run(self.as_input(image)) for image in images]
-        return self._run(self.as_input(images if isinstance(images, Tensor) else torch.stack(list(images))))
-
-    def as_input(self, images: Tensor) -> NDArray[np.float32]:
-        """An image (3, H, W), or where the file takes batches one (N, 3, H, W), as the file takes it."""
-        array: NDArray[np.float32] = images.numpy()
-        return array[None] if self._takes_batches and array.ndim == 3 else array
-
-    def _run(self, array: NDArray[np.float32]) -> dict[str, Tensor]:
-        outputs = self._session.run(None, {self._session.get_inputs()[0].name: array})
-        return {name: torch.from_numpy(output) for name, output in zip(self._names, outputs, strict=True)}
-
-
 class _CalibrationReader:
     """The images as onnxruntime's calibration asks for them: a CalibrationDataReader by what it can do."""
 
@@ -299,14 +257,6 @@ class _CalibrationReader:
         return None if image is None else {self._name: image}
 
 
-def _import(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise ValueError(f"quantisation needs {package}, which is not installed; install resnest-det[export]") from None
-
-
 @contextmanager
 def _quietly() -> Iterator[None]:
     """onnxruntime's tools print the progress of histograms, and log advice that was followed already."""
@@ -339,7 +289,7 @@ def _is_one_place(value: Any) -> bool:
 
 def _runner(path: str | Path, nodes: Sequence[str]) -> Any:
     """A function from an image to the outputs of a file, or of nodes of it."""
-    onnx = _import("onnx")
+    onnx = required("onnx")
     model = onnx.load(path)
     names = [value.name for value in model.graph.output]
     if nodes:
@@ -349,15 +299,8 @@ def _runner(path: str | Path, nodes: Sequence[str]) -> Any:
         names = [outputs[name] for name in nodes]
         present = {value.name for value in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    session = _session(model.SerializeToString())
+    session = open_session(model.SerializeToString())
     return lambda image: session.run(names, {session.get_inputs()[0].name: image})
-
-
-def _session(model: str | bytes) -> Any:
-    runtime = _import("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _cosine(one: NDArray[Any], other: NDArray[Any]) -> float:

@@ -43,7 +43,8 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from resnest_det import create_backbone
-from resnest_det.deploy.benchmark import MEMORY_FORMATS, OnnxModel, compile_frozen, interleaved, spread
+from resnest_det.deploy.benchmark import MEMORY_FORMATS, compile_frozen, interleaved, spread
+from resnest_det.deploy.onnx_model import OnnxModel
 from resnest_det.deploy.profiling import allocated_memory, count_operations
 from resnest_det.deploy.roofline import least_seconds, measure_machine
 from resnest_det.layers import use_triton
@@ -335,7 +336,7 @@ def int8(options: Options) -> Section:
         quantize(paths[integers], Path(folder) / "int8.onnx", [own.numpy() for own in calibration])
         paths[integers] = Path(folder) / "int8.onnx"
         models = {name: OnnxModel(path) for name, path in paths.items()}
-        whole, rounded = (torch.cat([torch.from_numpy(models[name](own)[0]) for own in unseen]) for name in nets)
+        whole, rounded = (torch.cat([models[name](own)["logits"] for own in unseen]) for name in nets)
         runs = {(name, ""): partial(model, images[:1]) for name, model in models.items()}
         ways = timed_inference(runs, options.rounds, floats, alike=(OURS,))
     cosine = F.cosine_similarity(whole, rounded).min().item()

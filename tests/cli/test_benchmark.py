@@ -84,6 +84,21 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "training step, ms" not in times[0]
 
 
+def test_a_folder_named_as_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("resnet18").mkdir()
+    assert main(["benchmark", "resnet18", *QUICK, "--layout", "NCHW"]) == 0
+    assert tables_of(capsys.readouterr().out)[1][0]["parameters, M"] == "11.69"
+    for name in ("./resnet18", "resnet18/", str(tmp_path / "resnet18")):
+        assert main(["benchmark", name, *QUICK]) == 2
+        assert "resnet18 is no run folder: it has no config.toml" in capsys.readouterr().err
+    Path("resnest51").mkdir()  # no network's name, so that the folder is meant
+    assert main(["benchmark", "resnest51", *QUICK]) == 2
+    assert "resnest51 is no run folder" in capsys.readouterr().err
+
+
 def test_an_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     net, path = torch.nn.Conv2d(3, 4, 1), tmp_path / "net.onnx"
@@ -147,8 +162,22 @@ def test_compiled(capsys: pytest.CaptureFixture[str]) -> None:
             ["resnet18", *QUICK, "--optimize", "--dtype", "bfloat16"],
             "error: --dtype is bfloat16, and on the CPU --optimize computes in float32",
         ),
+        (
+            ["resnet18", "net.onnx", *QUICK, "--dtype", "bfloat16"],
+            "error: --dtype is bfloat16, and net.onnx computes in the types that it was written with; leave one",
+        ),
+        (["net.onnx", "--train"], "error: --train is for models of torch, and net.onnx is an ONNX file; leave it out"),
+        (["net.onnx", "--compile"], "error: --compile is for models of torch, and net.onnx is an ONNX file"),
+        (["net.onnx", "--optimize"], "error: --optimize is for models of torch, and net.onnx is an ONNX file"),
+        (["net.onnx", "other.onnx", "--layers", "3"], "error: --layers is for models of torch, and net.onnx is an"),
+        (["net.onnx", "--layout", "both"], "error: --layout is for models of torch, and net.onnx is an ONNX file"),
+        (
+            ["timm:resnest14d", "net.onnx", "--optimize"],
+            "error: --optimize is for models of resnest_det, which timm:resnest14d is not; leave it out",
+        ),
         (["none.onnx"], "error: there is no file none.onnx; write it with resnest-det export"),
         (["none.pt"], "error: there is no run folder or checkpoint none.pt"),
+        (["./none"], "error: there is no run folder or checkpoint none"),
         (["resnet18", "resnet18", *QUICK], "error: two models are called 'resnet18, NCHW'; name each of them once"),
         (
             ["timm:vit_tiny_patch16_224", *QUICK],

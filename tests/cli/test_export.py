@@ -101,7 +101,8 @@ def test_a_segmentation_model(segmenter: Path, tmp_path: Path, capsys: pytest.Ca
     path = tmp_path / "seg.onnx"
     assert run(segmenter / "best.pt", "--output", path, "--opset", 18) == 0
     printed = capsys.readouterr()
-    assert "checked on generated scenes, as the run's validation set is not here" in printed.err
+    missing = "checked on generated scenes, as the run's validation set is not here: the class list .* does not exist"
+    assert re.search(missing, printed.err)
     shapes = re.findall(r"^(\d+)x3x(\d+)x(\d+): largest differences: out \S+$", printed.out, re.MULTILINE)
     assert [shape[0] for shape in shapes] == ["1", "5"]
     assert shapes[0][1:] != shapes[1][1:]
@@ -117,6 +118,26 @@ def test_images_that_are_named(
     printed = capsys.readouterr()
     assert printed.err.endswith(f"checked on 4 images of {photos}\n")
     assert re.findall(r"^\S+:", printed.out, re.MULTILINE) == ["1x3x48x64:"] * 4
+
+
+@pytest.mark.parametrize("broken", ["annotations", "image"])
+def test_a_broken_validation_set(broken: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sample_dataset(tmp_path / "run", num_train=1, num_val=2)
+    folder = write_run(tmp_path / "run", "det")
+    if broken == "annotations":
+        (folder / "annotations" / "instances_val.json").write_text('{"images": [')
+        message = r"is broken: .*instances_val\.json.*JSON"
+    else:
+        (image, *_) = sorted((folder / "val").iterdir())
+        image.write_bytes(image.read_bytes()[:100])
+        message = rf"is broken: .*{re.escape(image.name)}"
+    output = tmp_path / "det.onnx"
+    assert run(folder, "--output", output) == 2
+    printed = capsys.readouterr().err
+    assert re.search(message, printed)
+    assert "Mend it, or name other images by --images" in printed
+    assert not output.exists()
+    assert run(folder, "--output", output, "--images", photos) == 0
 
 
 def test_a_backbone(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,8 +174,8 @@ def test_features_as_a_program(weights: Path, tmp_path: Path, capsys: pytest.Cap
         (["RUN", "--output", "det.pt2", "--format", "onnx"], "det.pt2 must end in .onnx for --format onnx"),
         (["RUN", "--output", "det.pt2"], "is a detector, which torch.export does not take"),
         (["RUN", "--output", "nowhere/det.onnx"], "there is no folder nowhere"),
-        (["RUN", "--output", "det.onnx", "--weights", "imagenet"], "--weights is for --backbone"),
-        (["RUN", "--output", "det.onnx", "--features", "layer4"], "--features is for --backbone"),
+        (["RUN", "--output", "det.onnx", "--weights", "imagenet"], "--weights is for --backbone, and a checkpoint has"),
+        (["RUN", "--output", "det.onnx", "--features", "layer4"], "--features is for --backbone, and a checkpoint's"),
         (
             ["RUN", "--output", "det.onnx", "--backbone", "resnet18"],
             "--backbone resnet18 are named; export one of them",
@@ -167,6 +188,18 @@ def test_features_as_a_program(weights: Path, tmp_path: Path, capsys: pytest.Cap
         (
             ["--output", "net.onnx", "--backbone", "resnet18", "--weights", "W", "--score-threshold", "0.5"],
             "--score-threshold is for a checkpoint, and --backbone resnet18 is none",
+        ),
+        (
+            ["--output", "net.onnx", "--backbone", "resnet18", "--weights", "W", "--config", "C"],
+            "--config is for a checkpoint, and --backbone resnet18 is none; leave it out",
+        ),
+        (
+            ["--output", "net.pt2", "--backbone", "resnet18", "--weights", "W", "--opset", "17"],
+            "--opset is ONNX's, and net.pt2 is a program of torch.export; leave it out",
+        ),
+        (
+            ["--output=n.onnx", "--backbone", "resnet18", "--weights", "W", "--features", "layer4", "--classes", "C"],
+            "--classes names a classifier's outputs, and --features has none; leave it out",
         ),
         (["nowhere", "--output", "det.onnx"], "there is no run folder or checkpoint nowhere"),
     ],
@@ -183,6 +216,11 @@ def test_mistakes(
     assert run(*(detector if word == "RUN" else word for word in words)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_a_segmentation_model(segmenter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(segmenter, "--output", tmp_path / "seg.onnx", "--score-threshold", 0.3) == 2
+    assert "score_threshold is 0.3, and a segmentation model gives every pixel a class" in capsys.readouterr().err
 
 
 def test_a_tolerance_that_no_file_reaches(segmenter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

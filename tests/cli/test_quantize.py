@@ -14,8 +14,8 @@ from PIL import Image
 
 from resnest_det.backbones import create_backbone
 from resnest_det.build import build_coco_set, build_detector, build_mask_set, build_segmenter
-from resnest_det.cli import main
-from resnest_det.cli.quantize import _first_with_objects
+from resnest_det.cli import main, quantize
+from resnest_det.cli.quantize import _with_objects
 from resnest_det.config import settings_as_data
 from resnest_det.data.sample import write_sample_dataset
 from resnest_det.engine import save_checkpoint
@@ -97,14 +97,36 @@ def test_detectors(
     assert printed.out.splitlines()[-1] == str(output)
 
 
-def test_a_detector_is_checked_on_an_image_with_objects() -> None:
+def test_a_detector_is_checked_on_images_with_objects() -> None:
     class Lamp(torch.nn.Module):
+        num_seen = 0
+
         def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+            self.num_seen += len(images)
             return [{"boxes": torch.zeros(int(image.max()), 4)} for image in images]
 
-    dark, bright = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
-    assert _first_with_objects(Lamp(), [dark, bright]) is bright
-    assert _first_with_objects(Lamp(), [dark, dark.clone()]) is dark
+    dark, bright = torch.zeros(3, 8, 8), [torch.full((3, 8, 8), float(number)) for number in range(1, 7)]
+    lamp = Lamp()
+    assert _with_objects(lamp, [dark, bright[0], dark, *bright[1:]]) == bright[:4]
+    assert lamp.num_seen == 6  # and no further
+    assert _with_objects(lamp, bright[:2]) == bright[:2]
+    assert _with_objects(lamp, [dark, dark.clone()]) == [dark]
+
+
+def test_the_float32_file_is_checked_on_several_images(
+    sample: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def refuse(*_: object, checks: list[torch.Tensor], **_more: object) -> None:
+        seen.extend(tuple(images.shape) for images in checks)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(quantize, "export_onnx", refuse)
+    folder = write_run(tmp_path / "run", "seg", sample)
+    assert run(folder, "--output", tmp_path / "int8.onnx", "--calibration", photos, "--no-evaluation") == 2
+    assert [shape[0] for shape in seen] == [1, 1, 1, 2]
+    assert seen[3][2:] != seen[0][2:]
 
 
 def test_a_segmentation_model(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,14 +191,20 @@ def test_a_classifier(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ([], "give a run or checkpoint, or --backbone and --weights for a classifier: one of the two"),
         (["RUN", "--backbone", "resnest14"], "give a run or checkpoint, or --backbone and --weights"),
         (["RUN", "--num-images", "0"], "--num-images is 0, expected at least 1"),
-        (["RUN", "--output", "model.pt"], "--output model.pt must end in .onnx"),
-        (["RUN", "--output", "nowhere/model.onnx"], "there is no folder nowhere for the output model.onnx; create it"),
+        (["RUN", "--output", "model.pt"], "the file model.pt must end in .onnx"),
+        (["RUN", "--output", "nowhere/model.onnx"], "there is no folder nowhere for the file model.onnx; create it"),
         (["--backbone", "resnest14", "--weights", "W"], "--backbone needs --weights, and images to calibrate by"),
         (["RUN", "--size", "64"], "--size is for --backbone; leave it out"),
         (
             ["--backbone", "resnest14", "--weights", "W", "--calibration", "C", "--data", "D"],
             "--data is for a run or checkpoint; leave it out",
         ),
+        (["RUN", "--size", "0"], "--size is 0, expected at least 1"),
+        (
+            ["RUN", "--data", "D", "--calibration", "C", "--no-evaluation"],
+            "--data is D, and with --calibration and --no-evaluation none of the run's data are read; leave one of",
+        ),
+        (["SAMPLE_RUN", "--data", "D"], "--data is D, and the run's data are the generated ones, which are made"),
         (["nowhere"], "there is no run folder or checkpoint nowhere"),
         (["RUN", "--calibration", "nowhere"], "there is no image or folder nowhere"),
     ],
@@ -192,6 +220,8 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     if "RUN" in words:
         write_run(tmp_path / "RUN", "seg", sample)
+    if "SAMPLE_RUN" in words:
+        write_run(tmp_path / "SAMPLE_RUN", "seg", sample, "data.sample.num_train=4", "data.sample.num_val=2")
     assert run("--output", "int8.onnx", *words) == 2
     assert f"error: {message}" in capsys.readouterr().err
     assert not (tmp_path / "int8.onnx").exists()

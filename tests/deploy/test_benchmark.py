@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,6 @@ from resnest_det import create_backbone
 from resnest_det.deploy import benchmark as module
 from resnest_det.deploy.benchmark import (
     Candidate,
-    OnnxModel,
     compile_frozen,
     example_images,
     interleaved,
@@ -28,7 +26,7 @@ from resnest_det.deploy.benchmark import (
     task_of,
     training_step,
 )
-from resnest_det.deploy.named_models import build_named, is_ours
+from resnest_det.deploy.named_models import build_named, is_named, is_ours
 from resnest_det.deploy.roofline import Machine
 from resnest_det.models import deeplabv3plus, faster_rcnn, mask_rcnn
 
@@ -192,49 +190,6 @@ def test_any_number_of_models_is_compiled() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10
 
 
-def export(net: nn.Module, path: Path, *examples: Tensor) -> Path:
-    pytest.importorskip("onnxruntime")
-    dynamic = {f"x{number}": {0: "n"} for number in range(len(examples)) if examples[number].ndim == 4}
-    names = [f"x{number}" for number in range(len(examples))]
-    torch.onnx.export(net.eval(), examples, str(path), input_names=names, dynamic_axes=dynamic, dynamo=False)
-    return path
-
-
-def test_onnx_files(tmp_path: Path) -> None:
-    images = torch.rand(2, 3, 8, 8)
-    net = nn.Conv2d(3, 4, 3)
-    batches = OnnxModel(export(net, tmp_path / "batches.onnx", images))
-    expected = net(images).detach()
-    (found,) = batches(images.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=1e-5)
-    single = OnnxModel(export(net, tmp_path / "single.onnx", images[0]))
-    (found,) = single(images)  # the last image's
-    torch.testing.assert_close(torch.from_numpy(found), expected[1], atol=1e-5, rtol=1e-5)
-
-
-class Sum(nn.Module):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
-
-
-def test_mistaken_onnx_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*none.onnx; write it with resnest-det export"):
-        OnnxModel(tmp_path / "none.onnx")
-    (tmp_path / "text.onnx").write_text("no model")
-    with pytest.raises(ValueError, match=r"text.onnx cannot be read by ONNX Runtime: .*INVALID_PROTOBUF"):
-        OnnxModel(tmp_path / "text.onnx")
-    two = export(Sum(), tmp_path / "two.onnx", torch.rand(1, 3, 2, 2), torch.rand(1, 3, 2, 2))
-    with pytest.raises(ValueError, match=r"has the inputs x0 .*, x1 .*; expected one"):
-        OnnxModel(two)
-    single = OnnxModel(export(nn.ReLU(), tmp_path / "single.onnx", torch.rand(3, 8, 8)))
-    message = r"single.onnx takes tensor\(float\) \[3, 8, 8\], and does not run on float32 \(3, 9, 9\); .*--fixed-size"
-    with pytest.raises(ValueError, match=message):
-        single(torch.rand(2, 3, 9, 9))
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match=r"two.onnx needs onnxruntime, .* install resnest-det\[export\]"):
-        OnnxModel(two)
-
-
 @pytest.mark.parametrize(
     ("name", "task", "ours"),
     [
@@ -252,7 +207,7 @@ def test_mistaken_onnx_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_models_by_name(name: str, task: str, ours: bool) -> None:
     model = build_named(name, size=64)
     assert not model.training
-    assert (task_of(model), is_ours(name)) == (task, ours)
+    assert (task_of(model), is_ours(name), is_named(name)) == (task, ours, True)
     if name.startswith("fcos"):
         assert (model.transform.min_size, model.transform.max_size) == ((64,), 64)
 
@@ -272,6 +227,7 @@ def test_models_by_name(name: str, task: str, ours: bool) -> None:
 def test_unknown_models(name: str, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the next line reads it)
         build_named(name, size=64)
+    assert is_named(name) == (":" in name and not name.startswith("tim:"))
     assert str(error.value).startswith(message)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from resnest_det.deploy.quantization import OnnxModule, cosine_similarities, quantize_onnx
+from resnest_det.deploy.quantization import cosine_similarities, quantize_onnx
 
 SIDE = 32
 Array = NDArray[np.float32]
@@ -181,44 +181,6 @@ def test_a_detector_proposes_in_float32(tmp_path: Path) -> None:
     assert min(cosine_similarities(path, tmp_path / "int8.onnx", smooth_images(2), nodes=nodes.last_maps)) > 0.999
 
 
-def test_a_module_runs_the_file(float_file: Path) -> None:
-    torch.manual_seed(0)
-    network, module = Network().eval(), OnnxModule(float_file)
-    assert not module.training
-    assert not module.is_detector
-    batch = torch.from_numpy(np.concatenate(smooth_images(2)))
-    with torch.no_grad():
-        expected = network(batch)
-    torch.testing.assert_close(module(batch)["out"], expected)
-    torch.testing.assert_close(module(list(batch))["out"], expected)
-
-
-class Boxes(nn.Module):
-    """A detector's answer."""
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        best = image.mean((1, 2))
-        return torch.stack([best, best, best + 1, best + 2], 1), best.argsort(), best
-
-
-def test_a_module_runs_a_detector_image_by_image(tmp_path: Path) -> None:
-    names = ["boxes", "labels", "scores"]
-    torch.onnx.export(
-        Boxes(),
-        (torch.zeros(3, 4, 5),),
-        tmp_path / "float.onnx",
-        dynamo=False,
-        input_names=["image"],
-        output_names=names,
-        dynamic_axes={"image": {1: "height", 2: "width"}},
-    )
-    module = OnnxModule(tmp_path / "float.onnx")
-    images = [torch.rand(3, 6, 4), torch.rand(3, 5, 7)]
-    for image, answer in zip(images, module(images), strict=True):
-        for name, expected in zip(names, Boxes()(image), strict=True):
-            torch.testing.assert_close(answer[name], expected)
-
-
 def test_no_images(float_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there are no calibration images; give at least one"):
         quantize_onnx(float_file, tmp_path / "int8.onnx", [])
@@ -234,7 +196,7 @@ def test_an_unknown_method(float_file: Path, tmp_path: Path) -> None:
 def test_a_missing_package(package: str, float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     name = package.partition(".")[0]
-    with pytest.raises(ValueError, match=rf"quantisation needs {name}, which .*install resnest-det\[export\]"):
+    with pytest.raises(ValueError, match=rf"ONNX files need {name}, which .*install resnest-det\[export\]"):
         quantize_onnx(float_file, tmp_path / "int8.onnx", smooth_images(1))
 
 
@@ -254,6 +216,8 @@ def test_an_image_that_does_not_fit(image: Any, message: str, float_file: Path, 
 def test_files_that_cannot_be_quantised(float_file: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no ONNX file .*nothing.onnx; write one with export_onnx"):
         quantize_onnx(tmp_path / "nothing.onnx", tmp_path / "int8.onnx", smooth_images(1))
+    with pytest.raises(ValueError, match=r"the file .*int8.ort must end in .onnx"):
+        quantize_onnx(float_file, tmp_path / "int8.ort", smooth_images(1))
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere for the file int8.onnx; create it"):
         quantize_onnx(float_file, tmp_path / "nowhere" / "int8.onnx", smooth_images(1))
     quantize_onnx(float_file, tmp_path / "int8.onnx", smooth_images(1))
@@ -262,6 +226,24 @@ def test_files_that_cannot_be_quantised(float_file: Path, tmp_path: Path) -> Non
     single = export(nn.Conv2d(3, 4, 3), tmp_path / "single.onnx")
     with pytest.raises(ValueError, match="has 1 layers with weights, and none that is followed by another"):
         quantize_onnx(single, tmp_path / "int8.onnx", smooth_images(1))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_the_former_file_stays_when_the_new_one_cannot_be_written(
+    error: BaseException, float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_halfway(file: Path, content: bytes) -> None:
+        with file.open("wb") as stream:
+            stream.write(content[: len(content) // 2])
+        raise error
+
+    output = tmp_path / "int8.onnx"
+    output.write_text("the former")
+    monkeypatch.setattr(Path, "write_bytes", stop_halfway)
+    with pytest.raises(type(error)):
+        quantize_onnx(float_file, output, smooth_images(1))
+    assert output.read_text() == "the former"
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_unknown_nodes(float_file: Path) -> None:
