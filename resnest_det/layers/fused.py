@@ -170,8 +170,9 @@ def _convolution_backward(
 def _is_matrix_product(x: Tensor, kernel: Tensor, arguments: ConvArguments) -> bool:
     """Whether a convolution is a matrix product of the pixels as they are in memory, and faster as one."""
     return (
-        kernel.shape[2:] == (1, 1)
-        and kernel.shape[1] > x.shape[0] * x.shape[2:].numel()
+        x.ndim == 4
+        and kernel.shape[2:] == (1, 1)
+        and kernel.shape[1] == x.shape[1] > len(x) * x.shape[2:].numel()
         and arguments == ((1, 1), (0, 0), (1, 1), 1)
         and x.dtype == kernel.dtype == torch.float32
         and x.is_contiguous(memory_format=torch.channels_last)

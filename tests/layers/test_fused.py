@@ -162,6 +162,13 @@ def test_a_matrix_product_in_a_training_step(products: list[torch.Size]) -> None
         torch.testing.assert_close(own.double(), reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
 
 
+@pytest.mark.parametrize("shape", [(2, 32, 1, 1), (32, 2, 1)])
+def test_a_wrong_shape_is_refused_by_the_convolution(shape: tuple[int, ...], products: list[torch.Size]) -> None:
+    with pytest.raises(RuntimeError, match="to have 64 channels, but got 32 channels instead"):
+        convolve(torch.zeros(shape), nn.Conv2d(64, 4, 1, bias=False))
+    assert not products
+
+
 @pytest.mark.parametrize("without", ["operator", "autocast", "gradients", "hook", "plain_layers"])
 def test_where_the_convolution_is_called(
     without: str, monkeypatch: pytest.MonkeyPatch, products: list[torch.Size]
