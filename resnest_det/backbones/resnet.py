@@ -26,6 +26,7 @@ from resnest_det.layers.fused import (
     average_pool,
     conv_norm_add_relu,
     conv_norm_relu,
+    convolve,
     has_hooks,
     may_fuse,
     norm_add_relu,
@@ -190,7 +191,7 @@ class Bottleneck(nn.Module):
         """The same, with less kept for the backward pass; where `_trains_fused`."""
         attention = self.conv2 if isinstance(self.conv2, SplitAttentionConv2d) else None
         spatial = self.conv2 if attention is None else attention.conv
-        out = self.conv1(x)
+        out = convolve(x, self.conv1)
         if self.avd_before is None:
             out = norm_relu_conv(out, self.bn1, spatial)
         else:
@@ -204,7 +205,7 @@ class Bottleneck(nn.Module):
             out = self.relu(self.bn2(out))
         if self.avd_after is not None:
             out = average_pool(out, self.avd_after)
-        return _add_shortcut(self, x, self.conv3(out), self.bn3)
+        return _add_shortcut(self, x, convolve(out, self.conv3), self.bn3)
 
 
 Block = BasicBlock | Bottleneck

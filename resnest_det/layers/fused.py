@@ -8,6 +8,8 @@ up to rounding, it computes the same in another way:
   of DNNs", arXiv 1712.02616; there the norm keeps its output and inverts it.
 - In inference, a BatchNorm goes into the weights of the convolution before it: anew in every call, so that the weights
   may change at any time, and where they are fewer than the values that the norm would pass over.
+- In training, a 1x1 convolution of fewer pixels than channels is a matrix product: oneDNN's convolution lays its
+  weights out anew in every call, and their gradient too, which then costs up to half of the time.
 
 The other way is taken on the CPU, where it was measured, and for modules of torch's own whose computation is known.
 On other devices, under torch.compile, torch.export and other tracing, while something watches the operators (a count of
@@ -53,7 +55,7 @@ def conv_norm_relu(x: Tensor, conv: nn.Module, norm: nn.Module, relu: nn.Module 
     """`relu(norm(conv(x)))`, or `norm(conv(x))` where `relu` is None: in one pass where no gradient is wanted."""
     if may_fuse(x, conv, norm, relu) and _folds(x, conv, norm) and (relu is None or type(relu) is nn.ReLU):
         return _folded_convolution(x, cast(nn.Conv2d, conv), norm, relu is not None)
-    out = norm(conv(x))
+    out = norm(convolve(x, conv))
     return out if relu is None else relu(out)
 
 
@@ -105,6 +107,15 @@ def trains_fused(x: Tensor, convs: tuple[nn.Module, ...], norms: tuple[nn.Module
     )
 
 
+def convolve(x: Tensor, conv: nn.Module) -> Tensor:
+    """`conv(x)`, as a matrix product where gradients are wanted and that is faster."""
+    if trains_fused(x, (conv,), ()) and not torch.is_autocast_enabled("cpu"):
+        arguments = _conv_arguments(cast(nn.Conv2d, conv))
+        if _is_matrix_product(x, cast(Tensor, conv.weight), arguments):
+            return _Convolution.apply(x, conv.weight, arguments)
+    return conv(x)
+
+
 def norm_relu_conv(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
     """`conv(relu(norm(x)))`, of which `x` is kept for the backward pass; where `trains_fused`."""
     return _NormReluConv.apply(x, norm.weight, norm.bias, conv.weight, norm, conv)
@@ -124,6 +135,59 @@ def norm_add_relu(x: Tensor, norm: nn.Module, shortcut: Tensor) -> Tensor:
 def average_pool(x: Tensor, pool: nn.Module) -> Tensor:
     """`pool(x)`; of an AvgPool2d nothing is kept for the backward pass, where torch keeps `x`; where `trains_fused`."""
     return _AveragePool.apply(x, pool) if type(pool) is nn.AvgPool2d and not has_hooks(pool) else pool(x)
+
+
+# Of a convolution: stride, padding, dilation and groups.
+ConvArguments = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+
+
+def _conv_arguments(conv: nn.Conv2d) -> ConvArguments:
+    return cast(ConvArguments, (conv.stride, conv.padding, conv.dilation, conv.groups))
+
+
+def _convolution(x: Tensor, kernel: Tensor, arguments: ConvArguments) -> Tensor:
+    """A convolution without bias."""
+    if not _is_matrix_product(x, kernel, arguments):
+        return F.conv2d(x, kernel, None, *arguments)
+    return _pixels_to_maps(_onednn_product(_maps_to_pixels(x), kernel.flatten(1)), x)
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, kernel: Tensor, arguments: ConvArguments, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and kernel behind `_convolution`, each where it is wanted."""
+    if not _is_matrix_product(x, kernel, arguments):
+        stride, padding, dilation, groups = arguments
+        return _aten.convolution_backward(
+            grad, x, kernel, None, stride, padding, dilation, False, [0, 0], groups, [*wanted, False]
+        )[:2]
+    rows = _maps_to_pixels(grad.contiguous(memory_format=torch.channels_last))
+    grad_x = _pixels_to_maps(_onednn_product(rows, kernel.flatten(1).t()), x) if wanted[0] else None
+    grad_kernel = _onednn_product(rows.t(), _maps_to_pixels(x).t())[..., None, None] if wanted[1] else None
+    return grad_x, grad_kernel
+
+
+def _is_matrix_product(x: Tensor, kernel: Tensor, arguments: ConvArguments) -> bool:
+    """Whether a convolution is a matrix product of the pixels as they are in memory, and faster as one."""
+    return (
+        x.ndim == 4
+        and kernel.shape[2:] == (1, 1)
+        and kernel.shape[1] == x.shape[1] > len(x) * x.shape[2:].numel()
+        and arguments == ((1, 1), (0, 0), (1, 1), 1)
+        and x.dtype == kernel.dtype == torch.float32
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and _has_onednn_product()
+    )
+
+
+def _maps_to_pixels(maps: Tensor) -> Tensor:
+    """(N, channels, H, W), channels last in memory, as (N * H * W, channels)."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _pixels_to_maps(pixels: Tensor, like: Tensor) -> Tensor:
+    """(N * H * W, channels) as (N, channels, H, W), with N, H and W as of `like`."""
+    return pixels.unflatten(0, (len(like), *like.shape[2:])).permute(0, 3, 1, 2)
 
 
 class NormedMaps(NamedTuple):
@@ -250,6 +314,22 @@ def norm_backward(
     )
 
 
+class _Convolution(Function):
+    """A convolution without bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, arguments: ConvArguments) -> Tensor:
+        ctx.arguments = arguments
+        ctx.save_for_backward(x, kernel)
+        return _convolution(x, kernel, arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, kernel = ctx.saved_tensors
+        return *_convolution_backward(grad, x, kernel, ctx.arguments, ctx.needs_input_grad[:2]), None
+
+
 class _NormReluConv(Function):
     """`conv(relu(norm(x)))`; its gradients are those of the three, with the ReLU's output computed again."""
 
@@ -267,33 +347,22 @@ class _NormReluConv(Function):
         maps.relu_()
         device = x.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else maps.dtype
-        ctx.arguments = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        ctx.arguments = _conv_arguments(conv)
         ctx.save_for_backward(x, weight, bias, kernel, mean, inverse_std)
         with torch.autocast(device, enabled=False):
-            return F.conv2d(maps.to(ctx.dtype), kernel.to(ctx.dtype), None, *ctx.arguments)
+            return _convolution(maps.to(ctx.dtype), kernel.to(ctx.dtype), ctx.arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, kernel, mean, inverse_std = ctx.saved_tensors
         maps = normalise_again(x, weight, bias, mean, inverse_std)
-        stride, padding, dilation, groups = ctx.arguments
-        below, for_kernel = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3]
-        grad_maps, grad_kernel, _ = _aten.convolution_backward(
-            grad,
-            maps.to(ctx.dtype),
-            kernel.to(ctx.dtype),
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            groups,
-            [below, for_kernel, False],
+        below = any(ctx.needs_input_grad[:3])
+        grad_maps, grad_kernel = _convolution_backward(
+            grad, maps.to(ctx.dtype), kernel.to(ctx.dtype), ctx.arguments, (below, ctx.needs_input_grad[3])
         )
         grads: tuple[Tensor | None, ...] = (None, None, None)
-        if below:
+        if grad_maps is not None:
             grads = norm_relu_backward(
                 grad_maps.to(maps.dtype),
                 maps,
@@ -304,7 +373,7 @@ class _NormReluConv(Function):
                 of_batch=ctx.of_batch,
                 wanted=ctx.needs_input_grad[:3],
             )
-        return *grads, grad_kernel.to(kernel.dtype) if for_kernel else None, None, None
+        return *grads, None if grad_kernel is None else grad_kernel.to(kernel.dtype), None, None
 
 
 class _NormAddRelu(Function):
@@ -458,6 +527,22 @@ def onednn_convolution(
     if term is None:
         return operator(x, *arguments, "relu" if relu else "none", [], "")
     return operator.binary(x, term, *arguments, "add", 1.0, "relu" if relu else None, [], "")
+
+
+def _onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` of oneDNN: on AMD's CPUs twice as fast as torch's, which is MKL's."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@cache
+def _has_onednn_product() -> bool:
+    """Whether this torch has that operator, as in `has_fused_convolution`."""
+    x, weight = torch.linspace(-1, 1, 6).reshape(2, 3), torch.linspace(-1, 1, 12).reshape(4, 3)
+    try:
+        out = _onednn_product(x, weight)
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+        return False
+    return torch.allclose(out, x @ weight.t(), atol=1e-5)
 
 
 @cache

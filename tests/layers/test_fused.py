@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from resnest_det import create_backbone
 from resnest_det.backbones.resnet import BasicBlock, Bottleneck
 from resnest_det.layers import SplitAttentionConv2d, SyncBatchNorm, plain_layers
 from resnest_det.layers import fused as fused_layers
-from resnest_det.layers.fused import average_pool, conv_norm_relu, norm_add_relu, norm_relu_conv, trains_fused
+from resnest_det.layers.fused import average_pool, conv_norm_relu, convolve, norm_add_relu, norm_relu_conv, trains_fused
 from tests.benchmarks.activation_checkpointing import SavedBytes
 from tests.random_norms import randomise_norms
 
@@ -44,6 +45,22 @@ def step(net: nn.Module, x: Tensor) -> list[Tensor]:
     grads = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.requires_grad}
     # In front of a norm, a bias has a gradient of rounding alone.
     return [out.detach(), x.grad, *[grad for name, grad in grads.items() if not name.endswith("fc1.bias")]]
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the matrix products that convolutions were computed by."""
+    shapes: list[torch.Size] = []
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        out = original(x, weight)
+        shapes.append(out.shape)
+        return out
+
+    assert fused_layers._has_onednn_product()
+    original = fused_layers._onednn_product
+    monkeypatch.setattr(fused_layers, "_onednn_product", multiply)
+    return shapes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,6 +93,101 @@ def test_gradients_of_split_attention_are_those_of_finite_differences(radix: int
     assert layer.trains_fused(x)
     parameters = [p for name, p in layer.named_parameters() if name != "fc1.bias"]
     assert gradcheck(lambda x, *_: layer(x), (x, *parameters))
+
+
+@pytest.mark.filterwarnings("ignore:.*double precision")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(2, 2), (1, 1)])
+def test_gradients_of_a_matrix_product_are_those_of_finite_differences(
+    layout: torch.memory_format, size: tuple[int, int], products: list[torch.Size]
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, *size).contiguous(memory_format=layout).requires_grad_()
+    conv = nn.Conv2d(12, 5, 1, bias=False).to(memory_format=layout)
+    out = convolve(x, conv)
+    torch.testing.assert_close(out, conv(x))
+    assert out.is_contiguous(memory_format=layout)
+    # oneDNN has no float64; the differences of what is linear in each of its inputs are exact, however far apart.
+    assert gradcheck(lambda x, _: convolve(x, conv), (x, conv.weight), eps=1.0, atol=1e-4)
+    assert bool(products) == (layout == torch.channels_last or size == (1, 1))
+
+
+@pytest.mark.parametrize("case", ["few pixels", "many pixels", "NCHW", "stride", "padding", "groups", "3x3", "float64"])
+def test_which_convolutions_are_matrix_products(case: str, products: list[torch.Size]) -> None:
+    torch.manual_seed(0)
+    arguments = {"stride": {"stride": 2}, "padding": {"padding": 1}, "groups": {"groups": 2}}.get(case, {})
+    conv = nn.Conv2d(64, 6, 3 if case == "3x3" else 1, bias=False, **arguments)
+    x = torch.randn(2, 64, 6 if case == "many pixels" else 5, 6)
+    if case != "NCHW":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if case == "float64":
+        conv, x = conv.double(), x.double()
+    layer = norm(nn.BatchNorm2d, 64).to(x.dtype)
+    layer.momentum = 0.0
+    x.requires_grad_()
+    for ours, plain in (
+        (lambda: convolve(x, conv), lambda: conv(x)),
+        (lambda: norm_relu_conv(x, layer, conv), lambda: conv(layer(x).relu())),
+    ):
+        products.clear()
+        found, expected = (
+            (out, *torch.autograd.grad(out.square().sum(), (x, conv.weight))) for out in (ours(), plain())
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        # Of the forward pass, the input's gradient and the weight's.
+        assert products == ([(60, 6), (60, 64), (6, 64)] if case == "few pixels" else [])
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight"])
+def test_only_wanted_gradients_are_multiplied(frozen: str, products: list[torch.Size]) -> None:
+    x = torch.randn(2, 64, 3, 4).contiguous(memory_format=torch.channels_last).requires_grad_(frozen != "input")
+    conv = nn.Conv2d(64, 6, 1, bias=False)
+    conv.weight.requires_grad_(frozen != "weight")
+    convolve(x, conv).sum().backward()
+    assert products == [(24, 6), (6, 64) if frozen == "input" else (24, 64)]
+    assert (x.grad is None, conv.weight.grad is None) == (frozen == "input", frozen == "weight")
+
+
+def test_a_matrix_product_in_a_training_step(products: list[torch.Size]) -> None:
+    torch.manual_seed(0)
+    net = create_backbone("resnest14", num_classes=4, norm="frozen_bn").to(memory_format=torch.channels_last)
+    exact = copy.deepcopy(net).double()
+    x = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    ours = step(net, x)
+    with plain_layers():
+        expected = step(exact, x.double())
+    # conv1, conv3 and shortcut of the last two stages, each in three passes.
+    assert len(products) == 18
+    for own, reference in zip(ours, expected, strict=True):
+        torch.testing.assert_close(own.double(), reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 1, 1), (32, 2, 1)])
+def test_a_wrong_shape_is_refused_by_the_convolution(shape: tuple[int, ...], products: list[torch.Size]) -> None:
+    with pytest.raises(RuntimeError, match="to have 64 channels, but got 32 channels instead"):
+        convolve(torch.zeros(shape), nn.Conv2d(64, 4, 1, bias=False))
+    assert not products
+
+
+@pytest.mark.parametrize("without", ["operator", "autocast", "gradients", "hook", "plain_layers"])
+def test_where_the_convolution_is_called(
+    without: str, monkeypatch: pytest.MonkeyPatch, products: list[torch.Size]
+) -> None:
+    if without == "operator":
+        monkeypatch.setattr(fused_layers, "_has_onednn_product", lambda: False)
+    x, conv = torch.randn(2, 16, 2, 2).contiguous(memory_format=torch.channels_last), nn.Conv2d(16, 4, 1, bias=False)
+    calls: list[int] = []
+    if without == "hook":
+        conv.register_forward_hook(lambda *_: calls.append(1))
+    with (
+        torch.set_grad_enabled(without != "gradients"),
+        torch.autocast("cpu", torch.bfloat16, enabled=without == "autocast"),
+        plain_layers() if without == "plain_layers" else nullcontext(),
+    ):
+        out = convolve(x, conv)
+    assert not products
+    assert calls == ([1] if without == "hook" else [])
+    assert out.dtype == (torch.bfloat16 if without == "autocast" else torch.float32)
 
 
 NETWORKS = ["resnest14", "resnest50_fast_4s2x40d", "resnest50_fast_1s1x64d", "se_resnet50", "resnet18", "sk_resnet50"]
