@@ -92,8 +92,8 @@ def roi_align_by_rows(
     indices = image[:, None, None, None, None] + y[:, :, None, :, None] * width + x[:, None, :, None, :]
     weights = y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :] / sampling_ratio**2
     bags = len(rois) * output_size[0] * output_size[1]
-    if bags == 0:
-        return rows.new_empty(len(rois), *output_size, channels)
+    if bags == 0:  # still a function of the features, whose gradient is then zero
+        return rows[:0].reshape(len(rois), *output_size, channels)
     out = F.embedding_bag(indices.reshape(bags, -1), rows, per_sample_weights=weights.reshape(bags, -1), mode="sum")
     return out.view(len(rois), *output_size, channels)
 

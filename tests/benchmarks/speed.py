@@ -39,7 +39,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import resnet50 as torchvision_resnet50
 from torchvision.models.detection import FasterRCNN
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from resnest_det import create_backbone
@@ -48,7 +48,7 @@ from resnest_det.deploy.onnx_model import OnnxModel
 from resnest_det.deploy.profiling import allocated_memory, count_operations
 from resnest_det.deploy.roofline import least_seconds, measure_machine
 from resnest_det.layers import use_triton
-from resnest_det.models import deeplabv3plus, faster_rcnn
+from resnest_det.models import RowRoIAlign, deeplabv3plus, faster_rcnn
 from resnest_det.visualize.benchmark import draw_times
 from tests.benchmarks.activation_checkpointing import SavedBytes
 from tests.markdown_tables import table
@@ -468,6 +468,35 @@ def detector(options: Options) -> Section:
     return Section(title, ways, goals)
 
 
+def regions(options: Options) -> Section:
+    """RoIAlign, alone and with its gradients: no aim, but what detectors on the CPU spent most time in."""
+    torch.manual_seed(0)
+    size = options.size
+    corners = torch.rand(1000, 2) * size * 0.8
+    boxes = [torch.cat([corners, corners + 10 + torch.rand(1000, 2) * size * 0.4], 1).clamp(max=size)]
+    names = ["0", "1", "2", "3"]
+    pools = {OURS: RowRoIAlign(names, 7, 2), "torchvision": MultiScaleRoIAlign(names, 7, 2)}
+    levels = [torch.randn(1, 256, size >> shift, size >> shift) for shift in (2, 3, 4, 5)]
+
+    @torch.inference_mode(False)
+    def gradients(pool: MultiScaleRoIAlign, form: torch.memory_format) -> Tensor:
+        features = [level.contiguous(memory_format=form).requires_grad_() for level in levels]
+        loss = pool(dict(zip(names, features, strict=True)), boxes, [(size, size)]).square().mean()
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, features)])
+
+    forward, backward = {}, {}
+    for name, pool in pools.items():
+        for layout, form in MEMORY_FORMATS.items():
+            features = {name: level.contiguous(memory_format=form) for name, level in zip(names, levels, strict=True)}
+            forward[name, layout] = partial(pool, features, boxes, [(size, size)])
+            backward[f"{name}, with gradients", layout] = partial(gradients, pool, form)
+    ways = timed_inference(forward, options.rounds, "torchvision", alike=pools)
+    ways += timed_inference(
+        backward, options.train_rounds, "torchvision, with gradients", alike=[f"{name}, with" for name in pools]
+    )
+    return Section(f"RoIAlign of 1000 regions, a pyramid of {size} x {size}", ways)
+
+
 def segmenter(options: Options) -> Section:
     """DeepLabV3+ in inference; the heads differ, as tests/benchmarks/deeplabv3plus.py says, so no outputs are equal."""
     smp = need("segmentation_models_pytorch")
@@ -526,6 +555,7 @@ SECTIONS: dict[str, Callable[[Options], Section]] = {
     "training": training,
     "memory": memory,
     "detector": detector,
+    "regions": regions,
     "segmenter": segmenter,
     "gpu": gpu,
 }

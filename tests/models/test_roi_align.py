@@ -75,6 +75,15 @@ def test_gradients_are_torchvisions(layout: torch.memory_format) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_a_level_without_boxes_has_a_gradient_of_zeros() -> None:
+    features, found, sizes = scene("0", "1")
+    levels = {name: level.requires_grad_() for name, level in features.items()}
+    small = [box[:3, :2].repeat(1, 2) + torch.tensor([0.0, 0, 9, 9]) for box in found]
+    RowRoIAlign(["0", "1"], 7, 2)(levels, small, sizes).sum().backward()
+    assert levels["0"].grad.abs().sum() > 0  # type: ignore[union-attr]
+    assert levels["1"].grad.abs().sum() == 0  # type: ignore[union-attr]
+
+
 def test_gradients_are_those_of_finite_differences() -> None:
     torch.manual_seed(0)
     features = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
