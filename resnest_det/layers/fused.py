@@ -149,7 +149,7 @@ def _convolution(x: Tensor, kernel: Tensor, arguments: ConvArguments) -> Tensor:
     """A convolution without bias."""
     if not _is_matrix_product(x, kernel, arguments):
         return F.conv2d(x, kernel, None, *arguments)
-    return _pixels_to_maps(_onednn_product(_maps_to_pixels(x), kernel.flatten(1)), x)
+    return _pixels_to_maps(onednn_product(_maps_to_pixels(x), kernel.flatten(1)), x)
 
 
 def _convolution_backward(
@@ -162,8 +162,8 @@ def _convolution_backward(
             grad, x, kernel, None, stride, padding, dilation, False, [0, 0], groups, [*wanted, False]
         )[:2]
     rows = _maps_to_pixels(grad.contiguous(memory_format=torch.channels_last))
-    grad_x = _pixels_to_maps(_onednn_product(rows, kernel.flatten(1).t()), x) if wanted[0] else None
-    grad_kernel = _onednn_product(rows.t(), _maps_to_pixels(x).t())[..., None, None] if wanted[1] else None
+    grad_x = _pixels_to_maps(onednn_product(rows, kernel.flatten(1).t()), x) if wanted[0] else None
+    grad_kernel = onednn_product(rows.t(), _maps_to_pixels(x).t())[..., None, None] if wanted[1] else None
     return grad_x, grad_kernel
 
 
@@ -176,7 +176,7 @@ def _is_matrix_product(x: Tensor, kernel: Tensor, arguments: ConvArguments) -> b
         and arguments == ((1, 1), (0, 0), (1, 1), 1)
         and x.dtype == kernel.dtype == torch.float32
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _has_onednn_product()
+        and has_onednn_product()
     )
 
 
@@ -529,17 +529,17 @@ def onednn_convolution(
     return operator.binary(x, term, *arguments, "add", 1.0, "relu" if relu else None, [], "")
 
 
-def _onednn_product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` of oneDNN: on AMD's CPUs twice as fast as torch's, which is MKL's."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` of oneDNN: on AMD's CPUs twice as fast as torch's, which is MKL's."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @cache
-def _has_onednn_product() -> bool:
+def has_onednn_product() -> bool:
     """Whether this torch has that operator, as in `has_fused_convolution`."""
     x, weight = torch.linspace(-1, 1, 6).reshape(2, 3), torch.linspace(-1, 1, 12).reshape(4, 3)
     try:
-        out = _onednn_product(x, weight)
+        out = onednn_product(x, weight)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError):
         return False
     return torch.allclose(out, x @ weight.t(), atol=1e-5)

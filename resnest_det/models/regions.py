@@ -24,6 +24,7 @@ from resnest_det.backbones import STAGES, fpn_backbone
 from resnest_det.backbones.stages import ExtraLevel
 from resnest_det.distributed import any_process
 from resnest_det.layers import NormName, SyncBatchNorm, norm_layer
+from resnest_det.layers.linear import OneDNNLinear
 from resnest_det.models.roi_align import RowRoIAlign
 
 BoxHead = Literal["2fc", "4conv1fc"]
@@ -223,14 +224,20 @@ def make_box_head(box_head: BoxHead, in_channels: int, channels: int, norm: Norm
         channels: width of the fully connected layers.
         norm: norm in the convolutions of "4conv1fc"; None for none.
     """
+    head: nn.Module
     if box_head == "2fc":
-        return TwoMLPHead(in_channels * BOX_REGION_SIZE**2, channels)
-    return FastRCNNConvFCHead(
-        (in_channels, BOX_REGION_SIZE, BOX_REGION_SIZE),
-        [in_channels] * 4,
-        [channels],
-        norm_layer=norm_layer(norm) if norm else None,
-    )
+        head = TwoMLPHead(in_channels * BOX_REGION_SIZE**2, channels)
+    else:
+        head = FastRCNNConvFCHead(
+            (in_channels, BOX_REGION_SIZE, BOX_REGION_SIZE),
+            [in_channels] * 4,
+            [channels],
+            norm_layer=norm_layer(norm) if norm else None,
+        )
+    for name, child in list(head.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(head, name, OneDNNLinear.like(child))
+    return head
 
 
 class MaskHead(MaskRCNNHeads):

@@ -57,9 +57,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         shapes.append(out.shape)
         return out
 
-    assert fused_layers._has_onednn_product()
-    original = fused_layers._onednn_product
-    monkeypatch.setattr(fused_layers, "_onednn_product", multiply)
+    assert fused_layers.has_onednn_product()
+    original = fused_layers.onednn_product
+    monkeypatch.setattr(fused_layers, "onednn_product", multiply)
     return shapes
 
 
@@ -174,7 +174,7 @@ def test_where_the_convolution_is_called(
     without: str, monkeypatch: pytest.MonkeyPatch, products: list[torch.Size]
 ) -> None:
     if without == "operator":
-        monkeypatch.setattr(fused_layers, "_has_onednn_product", lambda: False)
+        monkeypatch.setattr(fused_layers, "has_onednn_product", lambda: False)
     x, conv = torch.randn(2, 16, 2, 2).contiguous(memory_format=torch.channels_last), nn.Conv2d(16, 4, 1, bias=False)
     calls: list[int] = []
     if without == "hook":
