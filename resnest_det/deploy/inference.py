@@ -19,6 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from resnest_det.deploy.folding import fold_batch_norms
 from resnest_det.deploy.roi_align import RowRoIAlign
 from resnest_det.deploy.tracing import only_child, own_graph, shared_modules
+from resnest_det.deploy.winograd import WinogradConv2d, suits_winograd, winograd_products
 from resnest_det.layers.fused import (
     convolution_shape,
     has_fused_convolution,
@@ -47,10 +48,13 @@ def optimize_for_inference(model: nn.Module, *, compile: bool = False) -> nn.Mod
         The copy, in evaluation mode, whose outputs have no gradients.
     """
     fast = fold_batch_norms(model).requires_grad_(False).to(memory_format=torch.channels_last)
-    if compile:
-        return _compiled(fast)
     on_cpu = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in fast.parameters())
-    if on_cpu and has_fused_convolution():
+    has_onednn = on_cpu and has_fused_convolution()
+    if compile:
+        if has_onednn:
+            _use_winograd(fast, set(), {})
+        return _compiled(fast)
+    if has_onednn:
         shared = shared_modules(fast)
         joined: set[nn.Module] = set()
         for name, parent in list(fast.named_modules()):
@@ -60,6 +64,7 @@ def optimize_for_inference(model: nn.Module, *, compile: bool = False) -> nn.Mod
                     fast.set_submodule(name, rewritten)
                 elif rewritten is not parent:
                     fast = rewritten
+        _use_winograd(fast, joined, {})
         _pack(fast, joined, {})
     return fast
 
@@ -82,7 +87,7 @@ class PackedConv2d(nn.Module):
         self.relu = relu
         self.out_channels, self.kernel_size, self.groups = conv.out_channels, conv.kernel_size, conv.groups
         self.padding, self.stride, self.dilation = conv.padding, conv.stride, conv.dilation
-        self.packed: Tensor | None = None
+        self.packed: dict[tuple[int, ...], Tensor] = {}
 
     def forward(self, x: Tensor, term: Any = None) -> Tensor:
         """Convolve (N, in_channels, H, W), and add a term, such as a shortcut, before the ReLU."""
@@ -93,19 +98,31 @@ class PackedConv2d(nn.Module):
             return x.new_empty(shape)
         if conv is not None and x.shape[2:].numel() == 1:  # of pooled features, where packing costs more than it saves
             return self._finish(conv(x), term)
-        if conv is not None:
-            weight = conv.weight.contiguous(memory_format=torch.channels_last).to_mkldnn()
-            self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
-                weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
-            )
-            self.conv = None  # last, so that another thread finds one of the two
-        packed = cast(Tensor, self.packed)
+        packed = self._packed_for(x)
         if term is None:
             return onednn_convolution(x, packed, self.bias, self, relu=self.relu)
         if not isinstance(term, Tensor) or term.shape != shape or term.dtype != x.dtype:
             return self._finish(onednn_convolution(x, packed, self.bias, self, relu=False), term)
         term = term.contiguous(memory_format=torch.channels_last)
         return onednn_convolution(x, packed, self.bias, self, relu=self.relu, term=term)
+
+    def _packed_for(self, x: Tensor) -> Tensor:
+        """The weights in the layout for images of this size.
+
+        oneDNN has several layouts for a 1x1 convolution, chosen by the number of pixels, and takes up to a hundred
+        times as long with one that it did not choose. Those of the last two sizes are kept.
+        """
+        size = tuple(x.shape) if self.kernel_size == (1, 1) else ()
+        conv, packed = self.conv, self.packed
+        if size not in packed:
+            weight = next(iter(packed.values())).to_dense() if conv is None else conv.weight
+            weight = weight.contiguous(memory_format=torch.channels_last).to_mkldnn()
+            reordered = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
+            )
+            packed = self.packed = {**dict(list(packed.items())[-1:]), size: reordered}
+            self.conv = None  # last, so that another thread finds one of the two
+        return packed[size]
 
     def _finish(self, out: Tensor, term: Any) -> Tensor:
         if term is not None:
@@ -205,6 +222,19 @@ def _with_joined_relus(parent: nn.Module, shared: set[nn.Module], joined: set[nn
     return fx.GraphModule(parent, graph)
 
 
+def _use_winograd(model: nn.Module, joined: set[nn.Module], replaced: dict[nn.Module, nn.Module]) -> None:
+    """Replace the convolutions that are computed with fewer multiplications; one at several places by one."""
+    for name, child in list(model.named_children()):
+        if child not in replaced:
+            if is_plain_conv(child) and suits_winograd(cast(nn.Conv2d, child)):
+                products = winograd_products(cast(nn.Conv2d, child))
+                replaced[child] = WinogradConv2d(child, products, relu=child in joined)
+            else:
+                _use_winograd(child, joined, replaced)
+                replaced[child] = child
+        setattr(model, name, replaced[child])
+
+
 def _pack(model: nn.Module, joined: set[nn.Module], packed: dict[nn.Module, nn.Module]) -> None:
     """Replace the convolutions and linear layers; one that stands at several places by one."""
     for name, child in list(model.named_children()):
@@ -217,5 +247,5 @@ def _pack(model: nn.Module, joined: set[nn.Module], packed: dict[nn.Module, nn.M
                 packed[child] = RowRoIAlign(child)
             else:
                 _pack(child, joined, packed)
-                continue
+                packed[child] = child
         setattr(model, name, packed[child])

@@ -14,6 +14,7 @@ from resnest_det.deploy import inference as deploy_inference
 from resnest_det.deploy import optimize_for_inference
 from resnest_det.deploy.inference import OneDNNLinear, PackedConv2d
 from resnest_det.deploy.roi_align import RowRoIAlign, roi_align_by_rows
+from resnest_det.deploy.winograd import WinogradConv2d
 from resnest_det.models import deeplabv3plus, faster_rcnn, fcos, mask_rcnn, retinanet
 from tests.random_norms import randomise_norms
 
@@ -35,7 +36,8 @@ def test_networks(name: str) -> None:
     torch.testing.assert_close(net.state_dict(), before)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
     packed = [module for module in fast.modules() if isinstance(module, PackedConv2d)]
-    assert len(packed) == sum(isinstance(module, nn.Conv2d) for module in net.modules())
+    in_two_forms = sum(isinstance(module, WinogradConv2d) for module in fast.modules())
+    assert len(packed) == sum(isinstance(module, nn.Conv2d) for module in net.modules()) + in_two_forms
     assert any(module.relu for module in packed)
     assert not fast(x).requires_grad
 
@@ -127,6 +129,18 @@ def test_empty_batches() -> None:
     for _ in range(2):  # before and after packing
         assert fast(torch.zeros(0, 4, 9, 7)).shape == (0, 6, 5, 4)
         assert fast(torch.zeros(1, 4, 9, 7)).shape == (1, 6, 5, 4)
+
+
+def test_the_layout_of_weights_follows_the_size() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 32, 1).requires_grad_(False)
+    packed = PackedConv2d(conv, relu=False)
+    for side, kept in ((3, [3]), (17, [3, 17]), (20, [17, 20]), (20, [17, 20]), (17, [17, 20]), (5, [5, 20])):
+        x = torch.randn(1, 64, side, side)
+        torch.testing.assert_close(packed(x), conv(x), rtol=1e-5, atol=1e-5)
+        assert sorted(size[-1] for size in packed.packed) == kept
+    assert packed.conv is None
+    assert all(torch.equal(weight.to_dense(), conv.weight) for weight in packed.packed.values())
 
 
 def test_without_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
