@@ -1,8 +1,8 @@
 """A model as it runs fastest in torch: norms folded, channels last, convolutions with their ReLU.
 
 On the CPU, a convolution's weights are laid out once as oneDNN's kernels read them, where torch does it in every call,
-and the ReLU behind it is computed in the same pass, as torch.compile has it. The wide linear layers of a detector's
-heads go to oneDNN as well, whose matrix product is the faster one on processors that are not Intel's.
+and the ReLU behind it is computed in the same pass, as torch.compile has it. 3x3 convolutions go by Winograd's filtering
+where that is faster. Linear layers of many rows and RoIAlign are this package's own.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 import torch._dynamo.config
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torchvision.ops import MultiScaleRoIAlign
 
 from resnest_det.deploy.folding import fold_batch_norms
 from resnest_det.deploy.tracing import only_child, own_graph, shared_modules
+from resnest_det.deploy.winograd import WinogradConv2d, suits_winograd, winograd_products
 from resnest_det.layers.fused import (
     convolution_shape,
     has_fused_convolution,
@@ -25,9 +25,9 @@ from resnest_det.layers.fused import (
     is_plain_conv,
     onednn_convolution,
 )
+from resnest_det.layers.linear import OneDNNLinear
 from resnest_det.models import RowRoIAlign
 
-_MANY_ROWS = 16  # from which oneDNN's linear layer was the faster one
 _MANY_SIZES = 256  # torch stops compiling after 8, and runs the ninth as it is written
 
 
@@ -47,10 +47,13 @@ def optimize_for_inference(model: nn.Module, *, compile: bool = False) -> nn.Mod
         The copy, in evaluation mode, whose outputs have no gradients.
     """
     fast = fold_batch_norms(model).requires_grad_(False).to(memory_format=torch.channels_last)
-    if compile:
-        return _compiled(fast)
     on_cpu = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in fast.parameters())
-    if on_cpu and has_fused_convolution():
+    has_onednn = on_cpu and has_fused_convolution()
+    if compile:
+        if has_onednn:
+            _use_winograd(fast, set(), {})
+        return _compiled(fast)
+    if has_onednn:
         shared = shared_modules(fast)
         joined: set[nn.Module] = set()
         for name, parent in list(fast.named_modules()):
@@ -60,6 +63,7 @@ def optimize_for_inference(model: nn.Module, *, compile: bool = False) -> nn.Mod
                     fast.set_submodule(name, rewritten)
                 elif rewritten is not parent:
                     fast = rewritten
+        _use_winograd(fast, joined, {})
         _pack(fast, joined, {})
     return fast
 
@@ -82,7 +86,7 @@ class PackedConv2d(nn.Module):
         self.relu = relu
         self.out_channels, self.kernel_size, self.groups = conv.out_channels, conv.kernel_size, conv.groups
         self.padding, self.stride, self.dilation = conv.padding, conv.stride, conv.dilation
-        self.packed: Tensor | None = None
+        self.packed: dict[tuple[int, ...], Tensor] = {}
 
     def forward(self, x: Tensor, term: Any = None) -> Tensor:
         """Convolve (N, in_channels, H, W), and add a term, such as a shortcut, before the ReLU."""
@@ -93,13 +97,7 @@ class PackedConv2d(nn.Module):
             return x.new_empty(shape)
         if conv is not None and x.shape[2:].numel() == 1:  # of pooled features, where packing costs more than it saves
             return self._finish(conv(x), term)
-        if conv is not None:
-            weight = conv.weight.contiguous(memory_format=torch.channels_last).to_mkldnn()
-            self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
-                weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
-            )
-            self.conv = None  # last, so that another thread finds one of the two
-        packed = cast(Tensor, self.packed)
+        packed = self._packed_for(x)
         if term is None:
             return onednn_convolution(x, packed, self.bias, self, relu=self.relu)
         if not isinstance(term, Tensor) or term.shape != shape or term.dtype != x.dtype:
@@ -107,24 +105,28 @@ class PackedConv2d(nn.Module):
         term = term.contiguous(memory_format=torch.channels_last)
         return onednn_convolution(x, packed, self.bias, self, relu=self.relu, term=term)
 
+    def _packed_for(self, x: Tensor) -> Tensor:
+        """The weights in the layout for images of this size.
+
+        oneDNN has several layouts for a 1x1 convolution, chosen by the number of pixels, and takes up to a hundred
+        times as long with one that it did not choose. Those of the last two sizes are kept.
+        """
+        size = tuple(x.shape) if self.kernel_size == (1, 1) else ()
+        conv, packed = self.conv, self.packed
+        if size not in packed:
+            weight = next(iter(packed.values())).to_dense() if conv is None else conv.weight
+            weight = weight.contiguous(memory_format=torch.channels_last).to_mkldnn()
+            reordered = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
+            )
+            packed = self.packed = {**dict(list(packed.items())[-1:]), size: reordered}
+            self.conv = None  # last, so that another thread finds one of the two
+        return packed[size]
+
     def _finish(self, out: Tensor, term: Any) -> Tensor:
         if term is not None:
             out = out + term
         return out.relu_() if self.relu else out
-
-
-class OneDNNLinear(nn.Module):
-    """A linear layer that oneDNN computes where there are many rows. For inference."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in_features) to (N, out_features)."""
-        if x.ndim != 2 or len(x) < _MANY_ROWS:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def _compiled(model: nn.Module) -> nn.Module:
@@ -205,6 +207,19 @@ def _with_joined_relus(parent: nn.Module, shared: set[nn.Module], joined: set[nn
     return fx.GraphModule(parent, graph)
 
 
+def _use_winograd(model: nn.Module, joined: set[nn.Module], replaced: dict[nn.Module, nn.Module]) -> None:
+    """Replace the convolutions that are computed with fewer multiplications; one at several places by one."""
+    for name, child in list(model.named_children()):
+        if child not in replaced:
+            if is_plain_conv(child) and suits_winograd(cast(nn.Conv2d, child)):
+                products = winograd_products(cast(nn.Conv2d, child))
+                replaced[child] = WinogradConv2d(child, products, relu=child in joined)
+            else:
+                _use_winograd(child, joined, replaced)
+                replaced[child] = child
+        setattr(model, name, replaced[child])
+
+
 def _pack(model: nn.Module, joined: set[nn.Module], packed: dict[nn.Module, nn.Module]) -> None:
     """Replace the convolutions and linear layers; one that stands at several places by one."""
     for name, child in list(model.named_children()):
@@ -212,7 +227,7 @@ def _pack(model: nn.Module, joined: set[nn.Module], packed: dict[nn.Module, nn.M
             if is_plain_conv(child):
                 packed[child] = PackedConv2d(cast(nn.Conv2d, child), relu=child in joined)
             elif type(child) is nn.Linear:
-                packed[child] = OneDNNLinear(child)
+                packed[child] = OneDNNLinear.like(child)
             elif type(child) is MultiScaleRoIAlign and cast(int, child.sampling_ratio) > 0:
                 packed[child] = RowRoIAlign(
                     child.featmap_names,
@@ -223,5 +238,5 @@ def _pack(model: nn.Module, joined: set[nn.Module], packed: dict[nn.Module, nn.M
                 )
             else:
                 _pack(child, joined, packed)
-                continue
+                packed[child] = child
         setattr(model, name, packed[child])

@@ -12,7 +12,9 @@ from torchvision.ops import MultiScaleRoIAlign
 from resnest_det import create_backbone
 from resnest_det.deploy import inference as deploy_inference
 from resnest_det.deploy import optimize_for_inference
-from resnest_det.deploy.inference import OneDNNLinear, PackedConv2d
+from resnest_det.deploy.inference import PackedConv2d
+from resnest_det.deploy.winograd import WinogradConv2d
+from resnest_det.layers.linear import OneDNNLinear
 from resnest_det.models import RowRoIAlign, deeplabv3plus, faster_rcnn, fcos, mask_rcnn, retinanet
 from tests.random_norms import randomise_norms
 
@@ -34,7 +36,8 @@ def test_networks(name: str) -> None:
     torch.testing.assert_close(net.state_dict(), before)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
     packed = [module for module in fast.modules() if isinstance(module, PackedConv2d)]
-    assert len(packed) == sum(isinstance(module, nn.Conv2d) for module in net.modules())
+    in_two_forms = sum(isinstance(module, WinogradConv2d) for module in fast.modules())
+    assert len(packed) == sum(isinstance(module, nn.Conv2d) for module in net.modules()) + in_two_forms
     assert any(module.relu for module in packed)
     assert not fast(x).requires_grad
 
@@ -127,6 +130,18 @@ def test_empty_batches() -> None:
         assert fast(torch.zeros(1, 4, 9, 7)).shape == (1, 6, 5, 4)
 
 
+def test_the_layout_of_weights_follows_the_size() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 32, 1).requires_grad_(False)
+    packed = PackedConv2d(conv, relu=False)
+    for side, kept in ((3, [3]), (17, [3, 17]), (20, [17, 20]), (20, [17, 20]), (17, [17, 20]), (5, [5, 20])):
+        x = torch.randn(1, 64, side, side)
+        torch.testing.assert_close(packed(x), conv(x), rtol=1e-5, atol=1e-5)
+        assert sorted(size[-1] for size in packed.packed) == kept
+    assert packed.conv is None
+    assert all(torch.equal(weight.to_dense(), conv.weight) for weight in packed.packed.values())
+
+
 def test_without_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy_inference, "has_fused_convolution", lambda: False)
     net = randomise_norms(create_backbone("resnest14", num_classes=5)).eval()
@@ -150,6 +165,7 @@ def test_compiled() -> None:
     with torch.inference_mode():
         torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-5)
     detector = randomise_norms(retinanet(create_backbone("resnest14"), 5, min_size=64, score_threshold=0.0)).eval()
+    nn.init.normal_(detector.head.classification_head.cls_logits.weight, std=0.3)  # scores of one order
     fast = optimize_for_inference(detector, compile=True)
     with torch.inference_mode():
         for ours, theirs in zip(fast([x[0]]), detector([x[0]]), strict=True):
