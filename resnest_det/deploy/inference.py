@@ -1,8 +1,8 @@
 """A model as it runs fastest in torch: norms folded, channels last, convolutions with their ReLU.
 
 On the CPU, a convolution's weights are laid out once as oneDNN's kernels read them, where torch does it in every call,
-and the ReLU behind it is computed in the same pass, as torch.compile has it. 3x3 convolutions go by Winograd's filtering
-where that is faster. Linear layers of many rows and RoIAlign are this package's own.
+and the ReLU behind it is computed in the same pass, as torch.compile has it. Many 3x3 convolutions are Winograd's.
+Linear layers and RoIAlign are those of this package's own detectors.
 """
 
 from __future__ import annotations
