@@ -109,7 +109,7 @@ class PackedConv2d(nn.Module):
         """The weights in the layout for images of this size.
 
         oneDNN has several layouts for a 1x1 convolution, chosen by the number of pixels, and takes up to a hundred
-        times as long with one that it did not choose. Those of the last two sizes are kept.
+        times as long with one that it did not choose. Sizes that share a layout share the weights.
         """
         size = tuple(x.shape) if self.kernel_size == (1, 1) else ()
         conv, packed = self.conv, self.packed
@@ -119,7 +119,8 @@ class PackedConv2d(nn.Module):
             reordered = torch.ops.aten.mkldnn_reorder_conv2d_weight(
                 weight, self.padding, self.stride, self.dilation, self.groups, list(x.shape)
             )
-            packed = self.packed = {**dict(list(packed.items())[-1:]), size: reordered}
+            known = {_layout(other): other for other in set(packed.values())}
+            packed = self.packed = {**packed, size: known.get(_layout(reordered), reordered)}
             self.conv = None  # last, so that another thread finds one of the two
         return packed[size]
 
@@ -127,6 +128,11 @@ class PackedConv2d(nn.Module):
         if term is not None:
             out = out + term
         return out.relu_() if self.relu else out
+
+
+def _layout(packed: Tensor) -> bytes:
+    """oneDNN's description of how weights lie in memory."""
+    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy())
 
 
 def _compiled(model: nn.Module) -> nn.Module:

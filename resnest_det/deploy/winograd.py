@@ -104,7 +104,7 @@ class WinogradConv2d(nn.Module):
         rows, columns = -(-height // _TILE), -(-width // _TILE)
         if num_images * rows * columns < _FEWEST_TILES:
             return self.direct(x) if term is None else self.direct(x, term)
-        pixels = x.permute(0, 2, 3, 1)  # (N, H, W, C)
+        pixels = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)  # (N, H, W, C)
         at_a_time = max(min(_TILES_AT_A_TIME, _MOST_PRODUCTS // (_PLANES * self.out_channels)), 1)
         bands = min(max(rows * columns // at_a_time, 1), rows)
         batches = max(num_images * rows * columns // at_a_time, 1) if bands == 1 else num_images

@@ -134,10 +134,16 @@ def test_the_layout_of_weights_follows_the_size() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 32, 1).requires_grad_(False)
     packed = PackedConv2d(conv, relu=False)
-    for side, kept in ((3, [3]), (17, [3, 17]), (20, [17, 20]), (20, [17, 20]), (17, [17, 20]), (5, [5, 20])):
+    for side in (3, 17, 20, 17, 5, 40):
         x = torch.randn(1, 64, side, side)
         torch.testing.assert_close(packed(x), conv(x), rtol=1e-5, atol=1e-5)
-        assert sorted(size[-1] for size in packed.packed) == kept
+    assert [size[-1] for size in packed.packed] == [3, 17, 20, 5, 40]
+    assert len({id(weight) for weight in packed.packed.values()}) < 5
+    for size, weight in packed.packed.items():
+        chosen = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+            conv.weight.to_mkldnn(), packed.padding, packed.stride, packed.dilation, packed.groups, list(size)
+        )
+        assert deploy_inference._layout(weight) == deploy_inference._layout(chosen)
     assert packed.conv is None
     assert all(torch.equal(weight.to_dense(), conv.weight) for weight in packed.packed.values())
 
