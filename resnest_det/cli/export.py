@@ -20,7 +20,7 @@ from resnest_det.backbones import STAGES, create_backbone, stage_extractor
 from resnest_det.build import build_coco_set, build_mask_set
 from resnest_det.classify import load_classifier, read_class_names
 from resnest_det.config import DetectionSettings
-from resnest_det.data.files import channels_first, read_rgb
+from resnest_det.data.files import IncompleteDataError, channels_first, read_rgb
 from resnest_det.data.image_search import find_images
 from resnest_det.data.sample import write_sample_dataset
 from resnest_det.deploy.export import (
@@ -276,13 +276,13 @@ def _find_check_images(named: Sequence[str] | None, settings: Settings | None) -
             dataset: Any = (build_coco_set if is_detection else build_mask_set)(settings.data, "val")  # type: ignore[arg-type]
             chosen = range(0, len(dataset), max(1, len(dataset) // _NUM_IMAGES))[:_NUM_IMAGES]
             return [dataset[index][0] for index in chosen], f"{len(chosen)} images of the run's validation set"
-        except FileNotFoundError as error:
-            missing = f", as the run's validation set is not here: {error}"
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"the run's validation set, on which the file would be checked, is broken: {error}. Mend it, or name "
-                f"other images by --images"
-            ) from error
+            if not isinstance(error, FileNotFoundError) or isinstance(error, IncompleteDataError):
+                raise ValueError(
+                    f"the run's validation set, on which the file would be checked, is broken: {error}. Mend it, or "
+                    f"name other images by --images"
+                ) from error
+            missing = f", as the run's validation set is not here: {error}"
     with tempfile.TemporaryDirectory() as folder:
         sample = Path(folder) / "sample"
         write_sample_dataset(sample, num_train=1, num_val=_NUM_IMAGES)

@@ -27,6 +27,7 @@ from resnest_det.coco_format import syntax_error
 from resnest_det.data.coco_masks import Mistake, Segmentation, SegmentationReader, Segmentations
 from resnest_det.data.files import (
     ImageFiles,
+    IncompleteDataError,
     UnreadableImageError,
     channels_first,
     describe_near,
@@ -578,7 +579,7 @@ def _check_images_exist(folder: Path, file_names: Sequence[str]) -> None:
         missing += [name for name in names if posixpath.basename(name) not in present]
     if missing:
         found = sorted(path.name for path in folder.iterdir())
-        raise FileNotFoundError(
+        raise IncompleteDataError(
             f"{len(missing)} of {len(file_names)} images are not in {folder}: {listed(missing)}; it holds "
             f"{listed(found) if found else 'nothing'}. Check that the folder belongs to the annotation file"
         )

@@ -28,6 +28,10 @@ class UnreadableImageError(ValueError):
     """An image file that cannot be decoded."""
 
 
+class IncompleteDataError(FileNotFoundError):
+    """A data set is there, and lacks some of its files."""
+
+
 class ImageFiles(Dataset[SampleT]):
     """A data set of named image files in a folder: what every data set here shares.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from resnest_det.data.files import (
     ImageFiles,
+    IncompleteDataError,
     UnreadableImageError,
     channels_first,
     describe_near,
@@ -239,7 +240,7 @@ def _matched(images: Path, masks: Path) -> tuple[list[str], list[str]]:
             parts.append(
                 f"{len(without_image)} of {len(mask_of)} masks have no image in {images}: {listed(without_image)}"
             )
-        raise FileNotFoundError(
+        raise IncompleteDataError(
             f"{'; '.join(parts)}. An image and its mask have the same path but for the suffix (a mask's is "
             f"{', '.join(MASK_SUFFIXES)}): rename, add or remove files"
         )

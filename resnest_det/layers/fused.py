@@ -163,8 +163,10 @@ def _convolution_backward(
         )[:2]
     rows = _maps_to_pixels(grad.contiguous(memory_format=torch.channels_last))
     grad_x = _pixels_to_maps(onednn_product(rows, kernel.flatten(1).t()), x) if wanted[0] else None
-    grad_kernel = onednn_product(rows.t(), _maps_to_pixels(x).t())[..., None, None] if wanted[1] else None
-    return grad_x, grad_kernel
+    if not wanted[1]:
+        return grad_x, None
+    # The strides of axes of length 1 matter to DistributedDataParallel.
+    return grad_x, onednn_product(rows.t(), _maps_to_pixels(x).t()).as_strided(kernel.shape, kernel.stride())
 
 
 def _is_matrix_product(x: Tensor, kernel: Tensor, arguments: ConvArguments) -> bool:
@@ -172,6 +174,7 @@ def _is_matrix_product(x: Tensor, kernel: Tensor, arguments: ConvArguments) -> b
     return (
         x.ndim == 4
         and kernel.shape[2:] == (1, 1)
+        and kernel.stride()[:2] == (kernel.shape[1], 1)
         and kernel.shape[1] == x.shape[1] > len(x) * x.shape[2:].numel()
         and arguments == ((1, 1), (0, 0), (1, 1), 1)
         and x.dtype == kernel.dtype == torch.float32

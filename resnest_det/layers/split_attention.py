@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from resnest_det.layers.fused import (
     conv_norm_relu,
+    convolution_shape,
     is_known_norm,
     may_fuse,
     norm_relu_backward,
@@ -142,7 +143,7 @@ class SplitAttentionConv2d(nn.Module):
             and not self._has_gradient_hooks()
             # Offsets within an image are 32 bits wide.
             and x.numel() > 0
-            and x.shape[2:].numel() * self.conv.out_channels < 2**30
+            and convolution_shape(x, self.conv)[1:].numel() < 2**31
         )
 
     def splits(self, maps: Tensor) -> list[Tensor]:

@@ -320,7 +320,7 @@ class CascadeRoIHeads(nn.Module):
             logits, deltas = self._run_stage(stage, features, boxes, image_shapes)
             scores_of_stages.append(F.softmax(logits, dim=-1))
             boxes = self._refine(stage, deltas, boxes, image_shapes)
-        scores = torch.stack(scores_of_stages).mean(dim=0).split([len(own) for own in boxes])
+        scores = torch.stack(scores_of_stages).mean(dim=0).split(_lengths(boxes))
         detections = [self._strongest(*of_image) for of_image in zip(boxes, scores, strict=True)]
         if self.mask_head is not None:
             logits = self._mask_logits(features, [own["boxes"] for own in detections], image_shapes)
@@ -345,7 +345,7 @@ class CascadeRoIHeads(nn.Module):
     ) -> list[Tensor]:
         """The boxes moved by the stage's deltas and clipped to their images; as proposals they carry no gradient."""
         moved = self.box_coders[stage].decode_single(deltas.detach(), torch.cat(boxes))
-        by_image = moved.split([len(own) for own in boxes])
+        by_image = moved.split(_lengths(boxes))
         return [clip_boxes_to_image(own, shape) for own, shape in zip(by_image, image_shapes, strict=True)]
 
     @torch.no_grad()
@@ -435,6 +435,11 @@ class CascadeRoIHeads(nn.Module):
                     "the detector with masks=False"
                 )
         return targets
+
+
+def _lengths(tensors: Sequence[Tensor]) -> list[int]:
+    """How many rows each has; not by `len`, which would be a constant in a traced model."""
+    return [own.shape[0] for own in tensors]
 
 
 def _has_area(boxes_xyxy: Tensor) -> Tensor:

@@ -305,7 +305,7 @@ def _run(part: nn.Module, x: Tensor) -> Tensor:
     """Run a part, of which each convolution, norm and ReLU in as few passes as they may take."""
     if type(part) is not nn.Sequential or not may_fuse(x, part):
         return part(x)
-    if isinstance(part[0], nn.Conv2d):
+    if len(part) == 3 and isinstance(part[0], nn.Conv2d):
         conv, norm, relu = part
         return conv_norm_relu(x, conv, norm, relu)
     for child in part:

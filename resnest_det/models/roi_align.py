@@ -24,7 +24,8 @@ class RowRoIAlign(MultiScaleRoIAlign):
     """torchvision's MultiScaleRoIAlign, by rows where it is on the CPU in float32 or float64.
 
     On other devices, traced, compiled, in 16 bits, and without a sampling ratio it is torchvision's. Its arguments are
-    torchvision's.
+    torchvision's. What differs: features that are not finite at the border spread to boxes that reach over it, and
+    torch.jit.script does not take it.
 
     Shape:
         A dict of levels, each (N, C, H, W), for each image (M, 4) boxes xyxy in pixels, and the images' sizes, to

@@ -120,7 +120,7 @@ def test_images_that_are_named(
     assert re.findall(r"^\S+:", printed.out, re.MULTILINE) == ["1x3x48x64:"] * 4
 
 
-@pytest.mark.parametrize("broken", ["annotations", "image"])
+@pytest.mark.parametrize("broken", ["annotations", "image", "no image"])
 def test_a_broken_validation_set(broken: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_sample_dataset(tmp_path / "run", num_train=1, num_val=2)
     folder = write_run(tmp_path / "run", "det")
@@ -129,7 +129,10 @@ def test_a_broken_validation_set(broken: str, photos: Path, tmp_path: Path, caps
         message = r"is broken: .*instances_val\.json.*JSON"
     else:
         (image, *_) = sorted((folder / "val").iterdir())
-        image.write_bytes(image.read_bytes()[:100])
+        if broken == "image":
+            image.write_bytes(image.read_bytes()[:100])
+        else:
+            image.unlink()
         message = rf"is broken: .*{re.escape(image.name)}"
     output = tmp_path / "det.onnx"
     assert run(folder, "--output", output) == 2

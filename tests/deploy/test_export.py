@@ -22,7 +22,7 @@ from resnest_det import create_backbone, stage_extractor
 from resnest_det.deploy import export
 from resnest_det.deploy.export import NormalisedNetwork, export_onnx, export_program
 from resnest_det.deploy.onnx_form import onnx_form
-from resnest_det.models import deeplabv3plus
+from resnest_det.models import cascade_rcnn, deeplabv3plus
 from tests.models.test_detectors import small_detector
 from tests.random_norms import randomise_norms
 
@@ -152,6 +152,18 @@ def test_detectors(detector: str, tmp_path: Path) -> None:
     if "masks" in expected:
         assert found["masks"].shape == (10, 1, 101, 75)
         np.testing.assert_allclose(found["masks"], expected["masks"], atol=1e-4)
+
+
+def test_a_cascade_takes_any_number_of_proposals(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = cascade_rcnn(create_backbone("resnest14", norm="frozen_bn"), 4, min_size=96, max_size=128).eval()
+    proposals = []
+    model.rpn.register_forward_hook(lambda _module, _inputs, output: proposals.append(len(output[0][0])))
+    images = [torch.rand(3, 96, width) for width in (96, 112, 80)]
+    export_onnx(
+        onnx_form(model), tmp_path / "det.onnx", images[:1], checks=[[image] for image in images], reference=model
+    )
+    assert len(set(proposals)) > 1
 
 
 def test_a_detector_of_two_images_finds_in_each_what_it_finds_alone(tmp_path: Path) -> None:

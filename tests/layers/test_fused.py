@@ -138,6 +138,16 @@ def test_which_convolutions_are_matrix_products(case: str, products: list[torch.
         assert products == ([(60, 6), (60, 64), (6, 64)] if case == "few pixels" else [])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_weights_lie_as_the_weights(layout: torch.memory_format, products: list[torch.Size]) -> None:
+    """DistributedDataParallel warns of others."""
+    x = torch.randn(2, 64, 3, 4).contiguous(memory_format=torch.channels_last)
+    conv = nn.Conv2d(64, 6, 1, bias=False).to(memory_format=layout)
+    (grad,) = torch.autograd.grad(convolve(x, conv).sum(), conv.weight)
+    assert products
+    assert grad.stride() == conv.weight.stride()
+
+
 @pytest.mark.parametrize("frozen", ["input", "weight"])
 def test_only_wanted_gradients_are_multiplied(frozen: str, products: list[torch.Size]) -> None:
     x = torch.randn(2, 64, 3, 4).contiguous(memory_format=torch.channels_last).requires_grad_(frozen != "input")

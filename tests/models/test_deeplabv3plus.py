@@ -224,6 +224,19 @@ def test_channels_last(name: str) -> None:
     assert layouts == [True] * 4  # nowhere on the way did the features turn back
 
 
+def test_parts_of_another_length() -> None:
+    model = deeplabv3plus(create_backbone("resnet18", output_stride=16), 3).eval()
+    conv, norm, relu = model.low_level
+    model.low_level = nn.Sequential(conv, norm, relu, nn.Dropout(), nn.Sequential()).eval()
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        longer = model(x)["out"]
+        model.low_level = nn.Sequential(conv, norm, relu)
+        torch.testing.assert_close(longer, model(x)["out"], rtol=1e-5, atol=1e-5)
+        model.low_level = nn.Sequential(conv, norm)
+        assert model(x)["out"].shape == longer.shape
+
+
 def test_logits_without_gradients_are_those_with() -> None:
     torch.manual_seed(0)
     model = deeplabv3plus(create_backbone("resnest14", output_stride=16), 7).eval()
