@@ -16,7 +16,6 @@ import pytest
 import torch
 from resnest.torch import ablation as released_fast
 from resnest.torch import resnest as released
-from torchvision.ops import roi_align
 
 from resnest_det import list_backbones
 from resnest_det.config import DetectionSettings, SegmentationSettings, SettingsError, load_settings
@@ -205,13 +204,12 @@ def printed_by_the_journal(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(journal_module, "time", clock)
     monkeypatch.setattr(journal_module, "_TABLE_ROWS", 1000)
     monkeypatch.setattr(journal_module, "_peak_memory_mib", lambda: 812.0)
-    pixels, boxes = torch.rand(1, 4, 8, 8, requires_grad=True), torch.tensor([[0.0, 0.0, 4.0, 4.0]])
-    weight, bias = torch.rand(4, 4, 3, 3, requires_grad=True), torch.rand(4, requires_grad=True)
+    pixels, weight = torch.rand(2, 4, 8, 8, requires_grad=True), torch.rand(4, 4, 3, 3, requires_grad=True)
 
     def step(number: int) -> None:
         clock.now += 7
-        regions = roi_align(torch.conv2d(pixels, weight, padding=1), [boxes], 1).flatten(1)
-        torch.addmm(bias, regions, torch.rand(4, 4)).sum().backward()
+        maps = torch.conv2d(pixels, weight, padding=1)
+        torch.nn.functional.batch_norm(maps, None, None, training=True).square().sum().backward()
 
     folder = Path("runs/sample")
     folder.mkdir(parents=True, exist_ok=True)
