@@ -36,7 +36,8 @@ def optimize_for_inference(model: nn.Module, *, compile: bool = False) -> nn.Mod
 
     BatchNorm is folded (see `fold_batch_norms`), and channels are last in memory: give it images in that layout,
     `images.contiguous(memory_format=torch.channels_last)`. On the CPU in float32, convolutions are packed for oneDNN
-    at their first call. Such a copy is for running: it is not trained, exported, saved or moved to another device.
+    at their first call, and wide 3x3 ones computed by Winograd's filtering, for which their weights are held in four
+    times the size besides. Such a copy is for running: it is not trained, exported, saved or moved to another device.
 
     Args:
         model: a classifier, stage extractor, detector or segmentation model. It is not changed.
