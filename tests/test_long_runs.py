@@ -74,13 +74,8 @@ def killed_run(sample: Path, folder: Path, processes: int, *arguments: str, step
     return run
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("processes", "parallel"),
-    [pytest.param(1, "ddp", marks=SLOW), (2, "ddp"), pytest.param(2, "fsdp", marks=SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "parallel"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
 def test_killed_and_resumed(processes: int, parallel: str, sample: Path, tmp_path: Path) -> None:
     arguments = [f"run.parallel={parallel}"]
     whole = whole_run(sample, tmp_path, processes, *arguments)

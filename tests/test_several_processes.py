@@ -40,7 +40,7 @@ def test_the_losses_of_one_process_and_of_two_are_the_same(sample: Path, tmp_pat
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_evaluation_is_the_same_to_the_last_digit(processes: int, sample: Path, tmp_path: Path) -> None:
     """Seven images in batches of two: the parts of the processes differ in length."""
     detection = write_detection_config(tmp_path / "det.toml", sample=sample, run=tmp_path / "det")

@@ -139,7 +139,7 @@ SHOWN = {  # a page: text that it shows, and its pictures besides the logo in th
 }
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, pytest.param(390, marks=pytest.mark.slow)])
 def test_pages_in_a_browser(site: Path, address: str, width: int) -> None:
     faults = []
     shown = set()

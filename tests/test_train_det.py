@@ -110,7 +110,7 @@ def test_trains_evaluates_draws_and_measures_again(
     [
         pytest.param("mask_rcnn", marks=pytest.mark.slow),
         pytest.param("cascade_rcnn", marks=pytest.mark.slow),
-        "cascade_mask_rcnn",
+        pytest.param("cascade_mask_rcnn", marks=pytest.mark.slow),
         "retinanet",
         "fcos",
     ],
@@ -132,6 +132,7 @@ def test_every_detector(detector: str, sample: Path, config: Path, tmp_path: Pat
     assert again["results"] == pytest.approx(written["results"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_fine_tuning(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a run folder, a detector with a part more, and as many other classes: what fits is taken, and said."""
     assert train_det.main([str(config), "optim.epochs=1"]) == 0
@@ -318,6 +319,7 @@ def test_settings_without_effect_are_named(config: Path) -> None:
         train_det.main([str(config), "optim.epochs=1", "optim.warmup_steps=1", "optim.final_lr_factor=0.1"])
 
 
+@pytest.mark.slow
 def test_as_a_program(config: Path, tmp_path: Path) -> None:
     """Exit status and streams, with the shell's view of them."""
     script = [sys.executable, str(REPOSITORY / "train_det.py")]
