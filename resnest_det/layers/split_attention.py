@@ -141,8 +141,8 @@ class SplitAttentionConv2d(nn.Module):
             and is_known_norm(self.bn0)
             and type(self.relu) is nn.ReLU
             and not self._has_gradient_hooks()
-            # Offsets within an image are 32 bits wide.
             and x.numel() > 0
+            # Offsets within an image are 32 bits wide.
             and convolution_shape(x, self.conv)[1:].numel() < 2**31
         )
 
